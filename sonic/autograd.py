@@ -1,0 +1,45 @@
+"""What the library's autograd functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["refuse_double_backward"]
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Identity on gradients whose own backward raises; ``anchors`` tie it to the graph of whatever they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, where: str, num_grads: int, *grads_and_anchors: Tensor) -> Any:
+        ctx.where = where
+        return tuple(grad.view_as(grad) for grad in grads_and_anchors[:num_grads])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.where}: asked for the gradient of its gradient, expected a first-order backward only "
+            "(what a second one needs is not kept; take the reference formula in plain torch for that)"
+        )
+
+
+def refuse_double_backward(where: str, grads: Iterable[Tensor | None], anchors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return ``grads`` so that differentiating them again raises ``RuntimeError`` instead of being silently wrong.
+
+    Call it at the end of a ``backward`` whose gradients were computed without a graph. Outside ``create_graph=True`` it does nothing.
+
+    Args:
+        where: the public name to blame.
+        grads: gradients to return, ``None`` where there is none.
+        anchors: the tensors that the gradients depend on: the incoming gradient and the saved inputs.
+    """
+    grads = tuple(grads)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled graphs refuse double backward by themselves
+        return grads
+    given = [grad for grad in grads if grad is not None]
+    tied = iter(_RefuseDoubleBackward.apply(where, len(given), *given, *(anchor for anchor in anchors if anchor is not None)))
+    return tuple(None if grad is None else next(tied) for grad in grads)

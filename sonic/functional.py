@@ -1,0 +1,355 @@
+"""The experts as autograd functions that keep as little as the mathematics allows.
+
+What is kept between forward and backward, for T tokens of width D, R routed rows, U = 2N (gated) or N:
+
+======================  =============  ======================================================  =================================
+tensor                  shape          bytes in bf16                                           kept
+======================  =============  ======================================================  =================================
+X                       (T, D)         2 T D                                                   always (it is the caller's tensor)
+H, before activation    (R, U)         2 R U, that is 4 T K N with top-K and a gated act       ``save="preactivation"``
+scores                  of the caller  4 R (float32)                                           always (it is the caller's tensor)
+the plan's integers     int32          12 R + 4 (E + 1) + 4 (T + 1)                            always (they are the plan's tensors)
+weights, biases         parameters     none of their own                                       always
+======================  =============  ======================================================  =================================
+
+Nothing else: no gathered copy of X or dO, no A, no Y, no table over (T, E). At fixed K * N the sum does not depend on how fine the experts are.
+``save="input"`` drops H and computes it again: 2 T D bytes for 4 R D N FLOP more (+22% of the 18 R D N of a gated layer).
+
+Backward, in the order it runs (SonicMoE, arXiv:2512.14080, algorithms 3 and 5)::
+
+    dA' = dO[t] W2[e];  A again from H;  dS = <dA', A>;  dH = act'(H) s dA'      down_proj_bwd_input
+    dW2[e] = sum dO[t] (x) s A;  db2[e] = sum s dO[t]                             down_proj_bwd_weight
+    dX rows = dH W1[e]                                                            up_proj_bwd_input
+    dW1[e] = sum dH (x) X[t];  db1[e] = sum dH                                    up_proj_bwd_weight
+    dX_t = sum of its rows                                                        combine
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic.autograd import refuse_double_backward
+from sonic.kernels import ops
+from sonic.routing.plan import RoutingPlan
+from sonic.shapes import argument_error, check_choice, check_dtype, check_integer, check_same, check_shape
+
+__all__ = ["SAVE_MODES", "expert_mlp", "moe_mlp"]
+
+SAVE_MODES = ("preactivation", "input")
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def moe_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    scores: Tensor,
+    plan: RoutingPlan,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str = "swiglu",
+    glu_layout: str = "concatenated",
+    save: str = "preactivation",
+    backend: str | None = None,
+) -> Tensor:
+    """Send each token through its experts and sum what they return: ``out[t] = sum of score * (W2[e] act(W1[e] x[t] + b1[e]) + b2[e])``.
+
+    Differentiable once in ``x``, ``w1``, ``w2``, ``scores``, ``b1`` and ``b2``; only the gradients that are asked for are computed. Under
+    autocast, tokens, weights and biases are cast to its dtype as for ``nn.Linear``.
+
+    Args:
+        x: (T, D), bf16, fp16, fp32 or fp64. T may be 0.
+        w1: (E, U, D) of the dtype of ``x``, U = 2N (gated) or N.
+        w2: (E, D, N).
+        scores: of the shape that ``plan`` was built from, (T, K) or (P,); any floating dtype, float32 is usual.
+        plan: who goes where.
+        b1: (E, U) or None.
+        b2: (E, D) or None.
+        activation: a name in ``sonic.ACTIVATIONS``.
+        glu_layout: ``"concatenated"``: gate rows of ``w1`` first, then up rows; ``"interleaved"``: g0 u0 g1 u1 …
+        save: what backward keeps: ``"preactivation"`` (X and H) or ``"input"`` (X).
+        backend: a backend's name to insist on; None chooses.
+
+    Returns:
+        (T, D), dtype and device of ``x``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
+        RuntimeError: from backward, when the gradient is differentiated again.
+    """
+    where = "sonic.moe_mlp"
+    if not isinstance(plan, RoutingPlan):
+        raise argument_error(where, "plan", f"a {type(plan).__name__}", "a sonic.RoutingPlan")
+    check_shape(where, "x", x, T=plan.num_tokens, D=None)
+    check_shape(where, "scores", scores, **dict(zip("TK" if len(plan.scores_shape) == 2 else "P", plan.scores_shape, strict=True)))
+    check_dtype(where, "scores", scores, _FLOATS)
+    check_same(where, ("x", x), (("scores", scores), ("plan", plan.token_of_row_R)), dtype=False)
+    x, w1, w2, b1, b2 = _autocast(x, w1, w2, b1, b2)
+    _check_experts(where, "x", x, w1, w2, b1, b2, plan.num_experts, activation, glu_layout, save)
+    out: Tensor = _Experts.apply(
+        x,
+        w1,
+        w2,
+        b1,
+        b2,
+        scores,
+        plan.expert_offset_E1,
+        plan.token_of_row_R,
+        plan.slot_of_row_R,
+        plan.row_by_token_R,
+        plan.token_offset_T1,
+        activation,
+        glu_layout,
+        save,
+        backend,
+    )
+    return out
+
+
+def expert_mlp(
+    rows: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    tokens_per_expert: Tensor,
+    row_scores: Tensor | None = None,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str = "swiglu",
+    glu_layout: str = "concatenated",
+    save: str = "preactivation",
+    backend: str | None = None,
+) -> Tensor:
+    """Apply experts to rows that are already grouped by expert: ``out[r] = score[r] * (W2[e] act(W1[e] rows[r] + b1[e]) + b2[e])``.
+
+    The entry for a caller that dispatches tokens itself, such as expert parallelism. Differentiable once in ``rows``, ``w1``, ``w2``, ``row_scores``,
+    ``b1`` and ``b2``. Kept for backward: ``rows`` and H.
+
+    Args:
+        rows: (R, D). Rows beyond the sum of ``tokens_per_expert`` (a capacity layout) belong to nobody: they give zeros and get zero gradients.
+        w1: (E, U, D).
+        w2: (E, D, N).
+        tokens_per_expert: (E,) integer, on the device of ``rows``, or on the CPU (moved without waiting).
+        row_scores: (R,) or None for 1; any floating dtype.
+        b1, b2, activation, glu_layout, save, backend: as in :func:`moe_mlp`.
+
+    Returns:
+        (R, D), dtype and device of ``rows``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit; counts that are negative or sum to more than R; no backend can serve.
+        RuntimeError: from backward, when the gradient is differentiated again.
+    """
+    where = "sonic.expert_mlp"
+    check_shape(where, "rows", rows, R=None, D=None)
+    check_integer(where, "tokens_per_expert", tokens_per_expert)
+    check_shape(where, "tokens_per_expert", tokens_per_expert, E=None)
+    num_experts = tokens_per_expert.shape[0]
+    if row_scores is not None:
+        check_shape(where, "row_scores", row_scores, R=rows.shape[0])
+        check_dtype(where, "row_scores", row_scores, _FLOATS)
+        check_same(where, ("rows", rows), (("row_scores", row_scores),), dtype=False)
+    rows, w1, w2, b1, b2 = _autocast(rows, w1, w2, b1, b2)
+    _check_experts(where, "rows", rows, w1, w2, b1, b2, num_experts, activation, glu_layout, save)
+    expert_offset_E1 = _offsets(where, tokens_per_expert, rows)
+    out: Tensor = _Experts.apply(
+        rows, w1, w2, b1, b2, row_scores, expert_offset_E1, None, None, None, None, activation, glu_layout, save, backend
+    )
+    return out
+
+
+class _Experts(torch.autograd.Function):
+    """Both entries: with the maps of a plan, or with rows that stand in order (all four maps None, ``scores`` per row or None)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        w1_EUD: Tensor,
+        w2_EDN: Tensor,
+        b1_EU: Tensor | None,
+        b2_ED: Tensor | None,
+        scores: Tensor | None,
+        expert_offset_E1: Tensor,
+        token_of_row_R: Tensor | None,
+        slot_of_row_R: Tensor | None,
+        row_by_token_R: Tensor | None,
+        token_offset_T1: Tensor | None,
+        activation: str,
+        glu_layout: str,
+        save: str,
+        backend: str | None,
+    ) -> Tensor:
+        x_TD = x_TD.contiguous()
+        keep_h = save == "preactivation" and any(ctx.needs_input_grad[:6])
+        h_RU, a_RN = ops.up_proj(
+            x_TD, w1_EUD.contiguous(), b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, keep_h, backend
+        )
+        row_scores_R = _row_scores(scores, slot_of_row_R)
+        if token_of_row_R is None:
+            out = ops.down_proj(a_RN, w2_EDN.contiguous(), b2_ED, row_scores_R, expert_offset_E1, backend)
+        else:
+            y_RD = ops.down_proj(a_RN, w2_EDN.contiguous(), b2_ED, None, expert_offset_E1, backend)
+            del a_RN
+            out = ops.combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, backend)
+        ctx.options = (activation, glu_layout, backend)
+        ctx.where = "sonic.expert_mlp" if token_of_row_R is None else "sonic.moe_mlp"
+        ctx.save_for_backward(
+            x_TD,
+            h_RU if keep_h else None,
+            w1_EUD,
+            w2_EDN,
+            b1_EU,
+            b2_ED,
+            scores,
+            expert_offset_E1,
+            token_of_row_R,
+            slot_of_row_R,
+            row_by_token_R,
+            token_offset_T1,
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout_TD: Tensor) -> Any:
+        (
+            x_TD,
+            h_RU,
+            w1_EUD,
+            w2_EDN,
+            b1_EU,
+            b2_ED,
+            scores,
+            expert_offset_E1,
+            token_of_row_R,
+            slot_of_row_R,
+            row_by_token_R,
+            token_offset_T1,
+        ) = ctx.saved_tensors
+        anchors = (x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, scores)
+        activation, glu_layout, backend = ctx.options
+        need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores = ctx.needs_input_grad[:6]
+        dx_TD = dw1_EUD = dw2_EDN = db1_EU = db2_ED = dscores = None
+        with torch.no_grad():
+            incoming, dout_TD = dout_TD, dout_TD.contiguous()
+            w1_EUD, w2_EDN = w1_EUD.contiguous(), w2_EDN.contiguous()  # the views are kept, not their copies
+            row_scores_R = _row_scores(scores, slot_of_row_R)
+            if h_RU is None:
+                h_RU, _ = ops.up_proj(
+                    x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, True, backend
+                )
+            need_dh = need_dx or need_dw1 or need_db1
+            dh_RU, scaled_a_RN, dscores_R = ops.down_proj_bwd_input(
+                dout_TD,
+                h_RU,
+                w2_EDN,
+                b2_ED,
+                row_scores_R,
+                token_of_row_R,
+                expert_offset_E1,
+                activation,
+                glu_layout,
+                need_dh,
+                need_dscores,
+                backend,
+            )
+            del h_RU
+            if need_dscores:
+                dscores = _slot_gradient(dscores_R, scores, slot_of_row_R)
+            if need_dw2 or need_db2:
+                dw2_EDN, db2_ED = ops.down_proj_bwd_weight(
+                    dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_dw2, need_db2, backend
+                )
+            del scaled_a_RN
+            if need_dw1 or need_db1:
+                dw1_EUD, db1_EU = ops.up_proj_bwd_weight(
+                    dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_dw1, need_db1, backend
+                )
+            if need_dx:
+                dx_TD = ops.up_proj_bwd_input(dh_RU, w1_EUD, expert_offset_E1, backend)
+                del dh_RU
+                if token_of_row_R is not None:
+                    dx_TD = ops.combine(dx_TD, None, row_by_token_R, token_offset_T1, backend)
+        grads = (
+            dx_TD,
+            dw1_EUD if need_dw1 else None,
+            dw2_EDN if need_dw2 else None,
+            db1_EU if need_db1 else None,
+            db2_ED if need_db2 else None,
+            dscores,
+        )
+        grads = refuse_double_backward(ctx.where, grads, (incoming, *anchors))
+        # expert_offset, token_of_row, slot_of_row, row_by_token, token_offset, activation, glu_layout, save, backend
+        return (*grads, None, None, None, None, None, None, None, None, None)
+
+
+def _row_scores(scores: Tensor | None, slot_of_row_R: Tensor | None) -> Tensor | None:
+    """Scores in the order of the rows."""
+    if scores is None or slot_of_row_R is None:
+        return scores
+    return scores.reshape(-1).index_select(0, slot_of_row_R)
+
+
+def _slot_gradient(dscores_R: Tensor, scores: Tensor, slot_of_row_R: Tensor | None) -> Tensor:
+    """The rows' score gradients back in the order, shape and dtype of the caller's scores."""
+    if slot_of_row_R is None:
+        return dscores_R.to(scores.dtype)
+    dscores_P = dscores_R.new_zeros(scores.numel()).index_copy(0, slot_of_row_R.long(), dscores_R)
+    return dscores_P.to(scores.dtype).reshape(scores.shape)
+
+
+def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
+    """Tokens, weights and biases in autocast's dtype where it is on; float64 stays, as with torch's own layers."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, *weights
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
+
+
+def _check_experts(
+    where: str,
+    x_name: str,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    num_experts: int,
+    activation: str,
+    glu_layout: str,
+    save: str,
+) -> None:
+    check_choice(where, "activation", activation, ops.ACTIVATIONS)
+    check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
+    check_choice(where, "save", save, SAVE_MODES)
+    check_dtype(where, x_name, x, _FLOATS)
+    check_shape(where, "w1", w1, E=num_experts, U=None, D=x.shape[1])
+    gated = ops.is_gated(activation)
+    width_u = w1.shape[1]
+    if gated and width_u % 2:
+        raise argument_error(where, "w1", tuple(w1.shape), f"(E, U, D) with an even U: gate and up rows of {activation}")
+    check_shape(where, "w2", w2, E=num_experts, D=x.shape[1], N=width_u // 2 if gated else width_u)
+    if b1 is not None:
+        check_shape(where, "b1", b1, E=num_experts, U=width_u)
+    if b2 is not None:
+        check_shape(where, "b2", b2, E=num_experts, D=x.shape[1])
+    check_same(where, (x_name, x), (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2)))
+
+
+def _offsets(where: str, tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
+    """(E + 1,) int32 offsets on the device of ``rows``; counts that lie on the CPU are checked there."""
+    num_rows = rows.shape[0]
+    if tokens_per_expert.device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = tokens_per_expert.tolist()
+        if any(count < 0 for count in counts) or sum(counts) > num_rows:
+            raise argument_error(where, "tokens_per_expert", counts, f"counts >= 0 that sum to at most R = {num_rows}")
+    elif tokens_per_expert.device != rows.device:
+        raise argument_error(where, "tokens_per_expert", f"on {tokens_per_expert.device}", f"on {rows.device} like rows, or on the CPU")
+    count_E = tokens_per_expert.to(device=rows.device, dtype=torch.int64, non_blocking=True)
+    return torch.nn.functional.pad(count_E.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,0 +1,284 @@
+"""Which backend serves a request, and why not the others.
+
+A :class:`Request` holds metadata only, no tensor, so "what would an H100 do with this shape" is a question that a CPU can answer. Each
+backend is a package ``sonic.kernels.<name>`` that is imported when it is first asked, and answers with reasons: an empty list means
+that it can serve. Automatic choice takes the first of :func:`backends` that can; a name that was insisted on (the ``backend`` argument,
+or the environment variable ``SONIC_BACKEND``) and cannot serve raises with the reasons. Nothing falls back in silence: automatic choice
+that ends at the reference on an accelerator warns.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sonic.shapes import argument_error, check_choice, check_positive
+
+__all__ = ["Explanation", "Request", "backends", "counts", "explain", "request_of", "reset_counts", "run", "select", "unusable_reasons"]
+
+_BACKENDS = ("cute", "triton", "reference")
+_COUNTS: Counter[tuple[str, str]] = Counter()
+
+GEMM_OPS = (
+    "up_proj",
+    "down_proj",
+    "down_proj_bwd_input",
+    "down_proj_bwd_weight",
+    "up_proj_bwd_input",
+    "up_proj_bwd_weight",
+)
+OPS = (*GEMM_OPS, "combine", "topk_softmax", "build_plan")
+
+
+class UnsupportedError(ValueError):
+    """No backend, or not the one that was insisted on, can serve a request; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a kernel is asked to do: metadata only.
+
+    Attributes:
+        op: one of the op names, such as ``"up_proj"``.
+        device_type: ``"cpu"``, ``"cuda"``, …
+        arch: compute capability as an integer (90 for sm_90), ``None`` where there is none.
+        dtype: dtype of the matrices (of the logits or indices for the routing ops).
+        num_rows: R, routed rows (T * K for the routing ops).
+        num_experts: E; 0 where the op has none.
+        hidden_size: D; 0 where the op has none.
+        intermediate_size: N; 0 where the op has none.
+        activation: a name in ``sonic.ACTIVATIONS``, ``None`` for ops without one.
+    """
+
+    op: str
+    device_type: str
+    arch: int | None
+    dtype: torch.dtype
+    num_rows: int = 0
+    num_experts: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Answer of :func:`explain`: the backend that serves a request, its row tile, and the reasons against the others.
+
+    Attributes:
+        request: what was asked.
+        backend: name of the backend that serves it, ``None`` if none can.
+        tile_rows: M, rows that the chosen kernel pads each expert to; 1 = no padding; ``None`` without a backend.
+        why: one sentence on how the choice came about.
+        reasons: per backend, why it cannot serve; an empty list means that it can.
+    """
+
+    request: Request
+    backend: str | None
+    tile_rows: int | None
+    why: str
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        request = self.request
+        where = request.device_type + (f" sm_{request.arch}" if request.arch else "")
+        head = f"{request.op} on {where}, {str(request.dtype).removeprefix('torch.')}, R={request.num_rows}"
+        lines = [f"{head}: {self.backend or 'no backend'} ({self.why})"]
+        if self.tile_rows is not None:
+            lines.append(f"  row tile: {self.tile_rows}" + (" (no padding)" if self.tile_rows == 1 else ""))
+        for name, reasons in self.reasons.items():
+            lines.append(f"  {name}: " + ("can serve" if not reasons else "; ".join(reasons)))
+        return "\n".join(lines)
+
+
+def backends() -> tuple[str, ...]:
+    """Names of all backends, in the order in which automatic choice asks them."""
+    return _BACKENDS
+
+
+def unusable_reasons(backend: str, device_type: str, arch: int | None = None) -> list[str]:
+    """Why ``backend`` cannot be used on such a device, whatever the shapes; empty = it can.
+
+    Args:
+        backend: a name in :func:`backends`.
+        device_type: ``"cpu"``, ``"cuda"``, …
+        arch: compute capability as an integer, such as 90.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    check_choice("sonic.kernels.unusable_reasons", "backend", backend, _BACKENDS)
+    return _reasons(backend, Request("up_proj", device_type, arch, torch.bfloat16))
+
+
+def explain(
+    op: str,
+    *,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    arch: int | None = None,
+    activation: str = "swiglu",
+    backend: str | None = None,
+) -> Explanation:
+    """Tell which backend would serve ``op`` on these shapes, with which row tile, and why. Touches no device when ``arch`` is given.
+
+    Args:
+        op: op name, such as ``"up_proj"``.
+        num_tokens, num_experts, top_k, hidden_size, intermediate_size: T, E, K, D and N.
+        dtype: dtype of the matrices.
+        device: a device or its type; need not be present if ``arch`` is given.
+        arch: compute capability as an integer (90 for an H100); asked from the device when it is left out on CUDA.
+        activation: a name in ``sonic.ACTIVATIONS``.
+        backend: insist on one, as the layers' argument of that name does.
+
+    Raises:
+        ValueError: unknown op, backend or device; sizes that are no positive integers.
+    """
+    where = "sonic.kernels.explain"
+    check_choice(where, "op", op, OPS)
+    check_positive(
+        where,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+    )
+    if top_k > num_experts:
+        raise argument_error(where, "top_k", top_k, f"at most num_experts = {num_experts}")
+    device = torch.device(device)
+    request = Request(
+        op,
+        device.type,
+        arch if arch is not None else _arch(device),
+        dtype,
+        num_tokens * top_k,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        activation,
+    )
+    reasons = {name: _reasons(name, request) for name in _BACKENDS}
+    insisted, source = _insisted(where, backend)
+    if insisted is not None:
+        chosen = None if reasons[insisted] else insisted
+        why = f"{source} insists on {insisted}" + ("" if chosen else ", which cannot serve")
+    else:
+        chosen = next((name for name in _BACKENDS if not reasons[name]), None)
+        why = "first that can serve" if chosen else "none can serve"
+    tile_rows = _load(chosen).tile_rows(request) if chosen else None
+    return Explanation(request, chosen, tile_rows, why, reasons)
+
+
+def counts() -> dict[tuple[str, str], int]:
+    """Calls so far in this process per (op, backend): the proof of what ran. See :func:`reset_counts`."""
+    return dict(_COUNTS)
+
+
+def reset_counts() -> None:
+    """Set every counter of :func:`counts` to zero."""
+    _COUNTS.clear()
+
+
+def request_of(op: str, tensor: Tensor, **metadata: Any) -> Request:
+    """Describe a call on ``tensor`` (its device and dtype) as a :class:`Request`; ``metadata`` are the other fields."""
+    return Request(op, tensor.device.type, _arch(tensor.device), tensor.dtype, **metadata)
+
+
+def select(request: Request, backend: str | None = None) -> str:
+    """Name of the backend that serves ``request``.
+
+    Args:
+        request: what is asked.
+        backend: insist on this one; ``None`` asks ``SONIC_BACKEND``, then takes the first that can.
+
+    Raises:
+        ValueError: unknown name.
+        UnsupportedError: the backend that was insisted on cannot serve, or none can; with every reason.
+    """
+    where = f"sonic.{request.op}"
+    insisted, source = _insisted(where, backend)
+    if insisted is not None:
+        reasons = _reasons(insisted, request)
+        if reasons:
+            raise UnsupportedError(f"{where}: {source} is {insisted!r}, which cannot serve this call: " + "; ".join(reasons))
+        return insisted
+    rejected: dict[str, list[str]] = {}
+    for name in _BACKENDS:
+        reasons = _reasons(name, request)
+        if reasons:
+            rejected[name] = reasons
+            continue
+        if name == "reference" and request.device_type != "cpu":
+            told = "; ".join(f"{other}: {', '.join(why)}" for other, why in rejected.items())
+            warnings.warn(
+                f"{where} runs in plain torch on {request.device_type}, which is slow ({told}); "
+                "pass backend='reference' to ask for that and silence this",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return name
+    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in rejected.items())
+    raise UnsupportedError(f"{where}: no backend can serve {request}: {told}")
+
+
+def run(request: Request, backend: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Run ``request.op`` with these arguments on the backend that :func:`select` names, and count the call.
+
+    Autocast is off inside: the op's dtypes are its contract, whatever context the call is made in.
+    """
+    name = select(request, backend)
+    kernel = getattr(_load(name), request.op)
+    _COUNTS[request.op, name] += 1
+    if torch.is_autocast_enabled(request.device_type):
+        with torch.autocast(request.device_type, enabled=False):
+            return kernel(*args, **kwargs)
+    return kernel(*args, **kwargs)
+
+
+def _insisted(where: str, backend: str | None) -> tuple[str | None, str]:
+    if backend is not None:
+        check_choice(where, "backend", backend, _BACKENDS)
+        return backend, "backend"
+    name = os.environ.get("SONIC_BACKEND") or None
+    if name is not None:
+        check_choice(where, "SONIC_BACKEND", name, _BACKENDS)
+    return name, "SONIC_BACKEND"
+
+
+def _reasons(backend: str, request: Request) -> list[str]:
+    if not _is_shipped(backend):
+        return [f"this version of sonic has no {backend} kernels"]
+    reasons: list[str] = _load(backend).unsupported_reasons(request)
+    return reasons
+
+
+@functools.cache  # whether the package's folder has such a room cannot change while it runs
+def _is_shipped(backend: str) -> bool:
+    return importlib.util.find_spec(f"sonic.kernels.{backend}") is not None
+
+
+def _load(backend: str) -> ModuleType:
+    return importlib.import_module(f"sonic.kernels.{backend}")
+
+
+def _arch(device: torch.device) -> int | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

@@ -1,0 +1,643 @@
+"""The contracts of all kernels: one function per op, registered with torch so that compilers see it whole.
+
+Each function below is a ``torch.library`` custom op (``torch.ops.sonic.<name>``): its docstring is the contract that every backend
+keeps, its body checks the arguments, describes the call as a :class:`~sonic.kernels.dispatch.Request` and lets
+:mod:`sonic.kernels.dispatch` run it, and its fake tells compilers the shapes. Ops take tensors of a
+:class:`~sonic.routing.plan.RoutingPlan`, not the plan: an op's arguments have to be tensors and numbers. Gradients are not taken
+through single ops; :mod:`sonic.functional` joins them.
+
+All matrices are row-major, on one device and of one floating dtype (float64, float32, float16 or bfloat16); products are accumulated in
+at least float32. ``token_of_row_R=None`` means that the rows already stand in order: row r reads row r. Rows from
+``expert_offset_E1[E]`` on belong to no expert: they come out as zeros where rows are written for a caller, and count nowhere.
+
+Cost is given as floating point operations and as bytes moved for 16-bit values, ideal caches.
+
+Source of the algorithm: SonicMoE (arXiv:2512.14080), section 3 and algorithms 2, 3 and 5.
+"""
+
+# Annotations stay evaluated here (no `from __future__ import annotations`): torch reads them to build each op's schema.
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from sonic.kernels import dispatch
+from sonic.shapes import argument_error, check_choice, check_dtype, check_integer, check_same, check_shape
+
+__all__ = [
+    "ACTIVATIONS",
+    "GATED_ACTIVATIONS",
+    "GLU_LAYOUTS",
+    "SCORE_FUNCTIONS",
+    "build_plan",
+    "combine",
+    "down_proj",
+    "down_proj_bwd_input",
+    "down_proj_bwd_weight",
+    "is_gated",
+    "topk_softmax",
+    "up_proj",
+    "up_proj_bwd_input",
+    "up_proj_bwd_weight",
+]
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai")
+ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2", "silu")
+GLU_LAYOUTS = ("concatenated", "interleaved")
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INT32 = (torch.int32,)
+
+
+def is_gated(activation: str) -> bool:
+    """Whether the up projection of ``activation`` holds gate and up rows (U = 2N) or one row per unit (U = N)."""
+    return activation in GATED_ACTIVATIONS
+
+
+@torch.library.custom_op("sonic::up_proj", mutates_args=())
+def up_proj(
+    x_TD: Tensor,
+    w1_EUD: Tensor,
+    b1_EU: Optional[Tensor],
+    token_of_row_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    activation: str,
+    glu_layout: str,
+    need_h: bool = True,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor]:
+    """Gather rows by expert, multiply, activate: ``h = x[token_of_row] @ w1[e].T + b1[e]``, ``a = act(h)``.
+
+    Args:
+        x_TD: tokens.
+        w1_EUD: up projections, gate and up rows as ``glu_layout`` says.
+        b1_EU: biases, or None.
+        token_of_row_R: int32, row -> token; None: rows stand in order.
+        expert_offset_E1: int32, rows of expert e are ``offset[e]:offset[e + 1]``.
+        activation: a name in ``sonic.ACTIVATIONS``.
+        glu_layout: ``"concatenated"`` (gate rows, then up rows) or ``"interleaved"`` (g0 u0 g1 u1 …); plain activations ignore it.
+        need_h: store H; without (inference) an empty (0, U) comes back in its place.
+        backend: insist on a backend.
+
+    Returns:
+        h_RU: before activation; kept for backward: 2 R U bytes in bf16.
+        a_RN: after activation, from H before it was rounded.
+
+    Cost: 2 R D U FLOP; reads R D gathered + E U D, writes R U + R N values.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
+    """
+    _check_rows("up_proj", "x_TD", x_TD, token_of_row_R, expert_offset_E1)
+    _check_up("up_proj", x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
+    request = _request("up_proj", x_TD, w1_EUD, _rows(x_TD, token_of_row_R), x_TD.shape[1], w1_EUD.shape[1], activation)
+    return dispatch.run(
+        request, backend, x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h
+    )
+
+
+@up_proj.register_fake
+def _(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h=True, backend=None):
+    _check_rows("up_proj", "x_TD", x_TD, token_of_row_R, expert_offset_E1)
+    _check_up("up_proj", x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
+    rows, width_u = _rows(x_TD, token_of_row_R), w1_EUD.shape[1]
+    width_n = width_u // 2 if is_gated(activation) else width_u
+    return x_TD.new_empty(rows if need_h else 0, width_u), x_TD.new_empty(rows, width_n)
+
+
+@torch.library.custom_op("sonic::down_proj", mutates_args=())
+def down_proj(
+    a_RN: Tensor,
+    w2_EDN: Tensor,
+    b2_ED: Optional[Tensor],
+    row_scores_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """Multiply rows by their expert's down projection: ``y = (a @ w2[e].T + b2[e]) * score``.
+
+    Args:
+        a_RN: activations, rows grouped by expert.
+        w2_EDN: down projections.
+        b2_ED: biases, or None.
+        row_scores_R: any floating dtype; multiplies the finished row. None: 1.
+        expert_offset_E1: int32.
+        backend: insist on a backend.
+
+    Returns:
+        y_RD: rows after the last offset are zero.
+
+    Cost: 2 R N D FLOP; reads R N + E D N, writes R D values.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; no backend can serve.
+    """
+    _check_down("down_proj", a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, a_RN.shape[0])
+    request = _request("down_proj", a_RN, w2_EDN, a_RN.shape[0], w2_EDN.shape[1], w2_EDN.shape[2])
+    return dispatch.run(request, backend, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1)
+
+
+@down_proj.register_fake
+def _(a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, backend=None):
+    _check_down("down_proj", a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, a_RN.shape[0])
+    return a_RN.new_empty(a_RN.shape[0], w2_EDN.shape[1])
+
+
+@torch.library.custom_op("sonic::combine", mutates_args=())
+def combine(
+    y_RD: Tensor,
+    row_scores_R: Optional[Tensor],
+    row_by_token_R: Tensor,
+    token_offset_T1: Tensor,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """Gather the rows of each token and sum them: ``out[t] = sum of score * y over the rows of t``, in one fixed order.
+
+    Args:
+        y_RD: rows, grouped by expert.
+        row_scores_R: any floating dtype, in the order of the rows. None: 1 (that is dX).
+        row_by_token_R: int32, the rows listed token by token.
+        token_offset_T1: int32, those of token t are ``[offset[t] : offset[t + 1]]``; any number, none gives zeros.
+        backend: insist on a backend.
+
+    Returns:
+        out_TD: summed in at least float32, rounded once.
+
+    Cost: 2 R D FLOP; reads R D, writes T D values.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; no backend can serve.
+    """
+    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1)
+    request = dispatch.request_of("combine", y_RD, num_rows=y_RD.shape[0], hidden_size=y_RD.shape[1])
+    return dispatch.run(request, backend, y_RD, row_scores_R, row_by_token_R, token_offset_T1)
+
+
+@combine.register_fake
+def _(y_RD, row_scores_R, row_by_token_R, token_offset_T1, backend=None):
+    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1)
+    return y_RD.new_empty(token_offset_T1.shape[0] - 1, y_RD.shape[1])
+
+
+@torch.library.custom_op("sonic::down_proj_bwd_input", mutates_args=())
+def down_proj_bwd_input(
+    dout_TD: Tensor,
+    h_RU: Tensor,
+    w2_EDN: Tensor,
+    b2_ED: Optional[Tensor],
+    row_scores_R: Optional[Tensor],
+    token_of_row_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    activation: str,
+    glu_layout: str,
+    need_dh: bool = True,
+    need_dscores: bool = True,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From dO and H: dA' = dO[t] W2[e], A again, and with them dH, score * A and dS, in one pass.
+
+    ``dS = <dA', A>`` equals ``<dO, Y>`` without the bias (contraction in another order), so Y is neither kept nor read.
+
+    Args:
+        dout_TD: gradient of the output.
+        h_RU: kept from :func:`up_proj`.
+        w2_EDN: down projections.
+        b2_ED: biases, or None; only dS depends on them.
+        row_scores_R: any floating dtype. None: 1.
+        token_of_row_R: int32, row -> token; None: rows stand in order.
+        expert_offset_E1: int32.
+        activation: as in :func:`up_proj`.
+        glu_layout: as in :func:`up_proj`.
+        need_dh: compute dH; without, an empty (0, U) comes back.
+        need_dscores: compute dS; without, an empty (0,) comes back.
+        backend: insist on a backend.
+
+    Returns:
+        dh_RU: ``act'(h) * score * dA'``; rows after the last offset are zero.
+        scaled_a_RN: ``score * a``, the operand of dW2; rows after the last offset are undefined.
+        dscores_R: ``<dA', a> + <dO[t], b2[e]>``, float32 (float64 for float64 matrices); zero after the last offset.
+
+    Cost: 2 R N D FLOP; reads R D gathered + E D N + R U, writes R U + R N values.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
+    """
+    _check_down_bwd(dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout)
+    request = _request(
+        "down_proj_bwd_input", dout_TD, w2_EDN, h_RU.shape[0], w2_EDN.shape[1], w2_EDN.shape[2], activation
+    )
+    return dispatch.run(
+        request,
+        backend,
+        dout_TD,
+        h_RU,
+        w2_EDN,
+        b2_ED,
+        row_scores_R,
+        token_of_row_R,
+        expert_offset_E1,
+        activation,
+        glu_layout,
+        need_dh,
+        need_dscores,
+    )
+
+
+@down_proj_bwd_input.register_fake
+def _(
+    dout_TD,
+    h_RU,
+    w2_EDN,
+    b2_ED,
+    row_scores_R,
+    token_of_row_R,
+    expert_offset_E1,
+    activation,
+    glu_layout,
+    need_dh=True,
+    need_dscores=True,
+    backend=None,
+):
+    _check_down_bwd(dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout)
+    rows = h_RU.shape[0]
+    return (
+        h_RU.new_empty(rows if need_dh else 0, h_RU.shape[1]),
+        h_RU.new_empty(rows, w2_EDN.shape[2]),
+        h_RU.new_empty(rows if need_dscores else 0, dtype=torch.promote_types(h_RU.dtype, torch.float32)),
+    )
+
+
+@torch.library.custom_op("sonic::down_proj_bwd_weight", mutates_args=())
+def down_proj_bwd_weight(
+    dout_TD: Tensor,
+    scaled_a_RN: Tensor,
+    row_scores_R: Optional[Tensor],
+    token_of_row_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    need_weight: bool = True,
+    need_bias: bool = False,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor]:
+    """Contract over each expert's rows: ``dw2[e] = sum of dO[t] (x) (score * a)``, ``db2[e] = sum of score * dO[t]``.
+
+    Args:
+        dout_TD: gradient of the output, gathered along the contraction.
+        scaled_a_RN: from :func:`down_proj_bwd_input`.
+        row_scores_R: any floating dtype; only the bias needs them. None: 1.
+        token_of_row_R: int32, row -> token; None: rows stand in order.
+        expert_offset_E1: int32.
+        need_weight: compute dW2; without, an empty (0, D, N) comes back.
+        need_bias: compute db2; without, an empty (0, D) comes back.
+        backend: insist on a backend.
+
+    Returns:
+        dw2_EDN, db2_ED: in the dtype of the rows; zero for an expert without rows.
+
+    Cost: 2 R N D FLOP; reads R D gathered + R N, writes E D N values.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; no backend can serve.
+    """
+    _check_weight_bwd("down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1)
+    _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
+    request = dispatch.request_of(
+        "down_proj_bwd_weight",
+        dout_TD,
+        num_rows=scaled_a_RN.shape[0],
+        num_experts=expert_offset_E1.shape[0] - 1,
+        hidden_size=dout_TD.shape[1],
+        intermediate_size=scaled_a_RN.shape[1],
+    )
+    return dispatch.run(
+        request, backend, dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_weight, need_bias
+    )
+
+
+@down_proj_bwd_weight.register_fake
+def _(
+    dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_weight=True, need_bias=False, backend=None
+):
+    _check_weight_bwd("down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1)
+    _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
+    experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
+    return (
+        dout_TD.new_empty(experts if need_weight else 0, width_d, scaled_a_RN.shape[1]),
+        dout_TD.new_empty(experts if need_bias else 0, width_d),
+    )
+
+
+@torch.library.custom_op("sonic::up_proj_bwd_input", mutates_args=())
+def up_proj_bwd_input(
+    dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor, backend: Optional[str] = None
+) -> Tensor:
+    """Rows of dX: ``dx = dh @ w1[e]``; :func:`combine` without scores sums them per token.
+
+    Args:
+        dh_RU: from :func:`down_proj_bwd_input`.
+        w1_EUD: up projections.
+        expert_offset_E1: int32.
+        backend: insist on a backend.
+
+    Returns:
+        dx_RD: rows after the last offset are zero.
+
+    Cost: 2 R U D FLOP; reads R U + E U D, writes R D values.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; no backend can serve.
+    """
+    _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1)
+    request = _request("up_proj_bwd_input", dh_RU, w1_EUD, dh_RU.shape[0], w1_EUD.shape[2], w1_EUD.shape[1])
+    return dispatch.run(request, backend, dh_RU, w1_EUD, expert_offset_E1)
+
+
+@up_proj_bwd_input.register_fake
+def _(dh_RU, w1_EUD, expert_offset_E1, backend=None):
+    _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1)
+    return dh_RU.new_empty(dh_RU.shape[0], w1_EUD.shape[2])
+
+
+@torch.library.custom_op("sonic::up_proj_bwd_weight", mutates_args=())
+def up_proj_bwd_weight(
+    dh_RU: Tensor,
+    x_TD: Tensor,
+    token_of_row_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    need_weight: bool = True,
+    need_bias: bool = False,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor]:
+    """Contract over each expert's rows: ``dw1[e] = sum of dh (x) x[t]``, ``db1[e] = sum of dh``.
+
+    Args:
+        dh_RU: from :func:`down_proj_bwd_input`.
+        x_TD: tokens, gathered along the contraction.
+        token_of_row_R: int32, row -> token; None: rows stand in order.
+        expert_offset_E1: int32.
+        need_weight: compute dW1; without, an empty (0, U, D) comes back.
+        need_bias: compute db1; without, an empty (0, U) comes back.
+        backend: insist on a backend.
+
+    Returns:
+        dw1_EUD, db1_EU: in the dtype of the rows; zero for an expert without rows.
+
+    Cost: 2 R U D FLOP; reads R D gathered + R U, writes E U D values.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; no backend can serve.
+    """
+    _check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
+    request = dispatch.request_of(
+        "up_proj_bwd_weight",
+        x_TD,
+        num_rows=dh_RU.shape[0],
+        num_experts=expert_offset_E1.shape[0] - 1,
+        hidden_size=x_TD.shape[1],
+        intermediate_size=dh_RU.shape[1],
+    )
+    return dispatch.run(request, backend, dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight, need_bias)
+
+
+@up_proj_bwd_weight.register_fake
+def _(dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight=True, need_bias=False, backend=None):
+    _check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
+    experts, width_u = expert_offset_E1.shape[0] - 1, dh_RU.shape[1]
+    return (
+        x_TD.new_empty(experts if need_weight else 0, width_u, x_TD.shape[1]),
+        x_TD.new_empty(experts if need_bias else 0, width_u),
+    )
+
+
+@torch.library.custom_op("sonic::topk_softmax", mutates_args=())
+def topk_softmax(
+    logits_TE: Tensor,
+    top_k: int,
+    score_function: str = "softmax",
+    pre_softmax: bool = False,
+    norm_topk_prob: bool = False,
+    scaling_factor: float = 1.0,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the K largest logits per token and turn them into scores.
+
+    Args:
+        logits_TE: any floating dtype.
+        top_k: K, at most E.
+        score_function: ``"softmax"`` or ``"sigmoid"``.
+        pre_softmax: softmax over all E experts, then choose; else choose, then softmax over the K chosen. Softmax only.
+        norm_topk_prob: divide the K scores by their sum.
+        scaling_factor: multiplies the finished scores.
+        backend: insist on a backend.
+
+    Returns:
+        scores_TK: float32 (float64 for float64 logits), largest first.
+        expert_TK: int32.
+        prob_TK: the chosen probabilities before normalisation and scaling, dtype of the scores; backward needs them.
+
+    Cost: reads T E, writes 3 T K values.
+
+    Raises:
+        ValueError: shapes, dtypes or names do not fit; no backend can serve.
+    """
+    _check_topk(logits_TE, top_k, score_function)
+    request = dispatch.request_of(
+        "topk_softmax", logits_TE, num_rows=logits_TE.shape[0] * top_k, num_experts=logits_TE.shape[1]
+    )
+    return dispatch.run(request, backend, logits_TE, top_k, score_function, pre_softmax, norm_topk_prob, scaling_factor)
+
+
+@topk_softmax.register_fake
+def _(
+    logits_TE,
+    top_k,
+    score_function="softmax",
+    pre_softmax=False,
+    norm_topk_prob=False,
+    scaling_factor=1.0,
+    backend=None,
+):
+    _check_topk(logits_TE, top_k, score_function)
+    size = (logits_TE.shape[0], top_k)
+    dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+    scores_TK = logits_TE.new_empty(size, dtype=dtype)
+    return scores_TK, logits_TE.new_empty(size, dtype=torch.int32), torch.empty_like(scores_TK)
+
+
+@torch.library.custom_op("sonic::build_plan", mutates_args=())
+def build_plan(
+    expert_of_slot_P: Tensor,
+    token_of_slot_P: Optional[Tensor],
+    num_tokens: int,
+    num_experts: int,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sort slots by expert with a stable counting sort, so that tokens ascend within each expert; no host synchronisation.
+
+    Args:
+        expert_of_slot_P: integer, 0 <= expert < num_experts.
+        token_of_slot_P: integer, 0 <= token < num_tokens, any order; None: slot p belongs to token p // (P // T), as in top-K.
+        num_tokens: T.
+        num_experts: E.
+        backend: insist on a backend.
+
+    Returns:
+        expert_offset_E1, token_of_row_R, slot_of_row_R, row_by_token_R, token_offset_T1: int32, see ``sonic.shapes``.
+
+    Raises:
+        ValueError: wrong shapes or dtypes; on a CPU also an index out of range, or a token twice at one expert (an accelerator
+            reports those as a device-side assertion, since looking would cost a synchronisation).
+    """
+    _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+    request = dispatch.request_of(
+        "build_plan", expert_of_slot_P, num_rows=expert_of_slot_P.shape[0], num_experts=num_experts
+    )
+    return dispatch.run(request, backend, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+
+
+@build_plan.register_fake
+def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, backend=None):
+    _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+
+    def index(size):
+        return expert_of_slot_P.new_empty(size, dtype=torch.int32)
+
+    slots = expert_of_slot_P.shape[0]
+    return index(num_experts + 1), index(slots), index(slots), index(slots), index(num_tokens + 1)
+
+
+def _rows(x_TD, token_of_row_R):
+    return x_TD.shape[0] if token_of_row_R is None else token_of_row_R.shape[0]
+
+
+def _request(op, tensor, weight, num_rows, hidden_size, intermediate_size, activation=None):
+    if activation is not None and op == "up_proj" and is_gated(activation):
+        intermediate_size = intermediate_size // 2
+    return dispatch.request_of(
+        op,
+        tensor,
+        num_rows=num_rows,
+        num_experts=weight.shape[0],
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        activation=activation,
+    )
+
+
+def _check_rows(op, name, x_TD, token_of_row_R, expert_offset_E1):
+    where = f"sonic.{op}"
+    check_shape(where, name, x_TD, T=None, D=None)
+    check_dtype(where, name, x_TD, _FLOATS)
+    check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
+    check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
+    if token_of_row_R is not None:
+        check_shape(where, "token_of_row_R", token_of_row_R, R=None)
+        check_dtype(where, "token_of_row_R", token_of_row_R, _INT32)
+    others = (("expert_offset_E1", expert_offset_E1), ("token_of_row_R", token_of_row_R))
+    check_same(where, (name, x_TD), others, dtype=False)
+
+
+def _check_up(op, x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout):
+    where = f"sonic.{op}"
+    experts = expert_offset_E1.shape[0] - 1
+    check_choice(where, "activation", activation, ACTIVATIONS)
+    check_choice(where, "glu_layout", glu_layout, GLU_LAYOUTS)
+    check_shape(where, "w1_EUD", w1_EUD, E=experts, U=None, D=x_TD.shape[1])
+    if is_gated(activation) and w1_EUD.shape[1] % 2:
+        raise argument_error(where, "w1_EUD", tuple(w1_EUD.shape), f"an even U, since {activation} is gated")
+    if b1_EU is not None:
+        check_shape(where, "b1_EU", b1_EU, E=experts, U=w1_EUD.shape[1])
+    check_same(where, ("x_TD", x_TD), (("w1_EUD", w1_EUD), ("b1_EU", b1_EU)))
+
+
+def _check_row_scores(op, row_scores_R, like, num_rows):
+    if row_scores_R is None:
+        return
+    where = f"sonic.{op}"
+    check_shape(where, "row_scores_R", row_scores_R, R=num_rows)
+    check_dtype(where, "row_scores_R", row_scores_R, _FLOATS)
+    check_same(where, ("rows", like), (("row_scores_R", row_scores_R),), dtype=False)
+
+
+def _check_down(op, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, num_rows):
+    where = f"sonic.{op}"
+    check_shape(where, "a_RN", a_RN, R=None, N=None)
+    check_dtype(where, "a_RN", a_RN, _FLOATS)
+    check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
+    check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
+    experts = expert_offset_E1.shape[0] - 1
+    check_shape(where, "w2_EDN", w2_EDN, E=experts, D=None, N=a_RN.shape[1])
+    if b2_ED is not None:
+        check_shape(where, "b2_ED", b2_ED, E=experts, D=w2_EDN.shape[1])
+    check_same(where, ("a_RN", a_RN), (("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
+    check_same(where, ("a_RN", a_RN), (("expert_offset_E1", expert_offset_E1),), dtype=False)
+    _check_row_scores(op, row_scores_R, a_RN, num_rows)
+
+
+def _check_down_bwd(
+    dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout
+):
+    op = "down_proj_bwd_input"
+    where = f"sonic.{op}"
+    _check_rows(op, "dout_TD", dout_TD, token_of_row_R, expert_offset_E1)
+    check_choice(where, "activation", activation, ACTIVATIONS)
+    check_choice(where, "glu_layout", glu_layout, GLU_LAYOUTS)
+    rows, experts = _rows(dout_TD, token_of_row_R), expert_offset_E1.shape[0] - 1
+    check_shape(where, "w2_EDN", w2_EDN, E=experts, D=dout_TD.shape[1], N=None)
+    width_n = w2_EDN.shape[2]
+    check_shape(where, "h_RU", h_RU, R=rows, U=2 * width_n if is_gated(activation) else width_n)
+    if b2_ED is not None:
+        check_shape(where, "b2_ED", b2_ED, E=experts, D=dout_TD.shape[1])
+    check_same(where, ("dout_TD", dout_TD), (("h_RU", h_RU), ("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
+    _check_row_scores(op, row_scores_R, dout_TD, rows)
+
+
+def _check_weight_bwd(op, gathered_name, gathered_TD, rows_name, rows_RN, token_of_row_R, expert_offset_E1):
+    where = f"sonic.{op}"
+    _check_rows(op, gathered_name, gathered_TD, token_of_row_R, expert_offset_E1)
+    check_shape(where, rows_name, rows_RN, R=_rows(gathered_TD, token_of_row_R), N=None)
+    check_same(where, (gathered_name, gathered_TD), ((rows_name, rows_RN),))
+
+
+def _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1):
+    where = "sonic.up_proj_bwd_input"
+    _check_rows("up_proj_bwd_input", "dh_RU", dh_RU, None, expert_offset_E1)
+    check_shape(where, "w1_EUD", w1_EUD, E=expert_offset_E1.shape[0] - 1, U=dh_RU.shape[1], D=None)
+    check_same(where, ("dh_RU", dh_RU), (("w1_EUD", w1_EUD),))
+
+
+def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
+    where = "sonic.combine"
+    check_shape(where, "y_RD", y_RD, R=None, D=None)
+    check_dtype(where, "y_RD", y_RD, _FLOATS)
+    check_shape(where, "row_by_token_R", row_by_token_R, R=y_RD.shape[0])
+    check_dtype(where, "row_by_token_R", row_by_token_R, _INT32)
+    check_shape(where, "token_offset_T1", token_offset_T1, T1=None)
+    check_dtype(where, "token_offset_T1", token_offset_T1, _INT32)
+    others = (("row_by_token_R", row_by_token_R), ("token_offset_T1", token_offset_T1))
+    check_same(where, ("y_RD", y_RD), others, dtype=False)
+    _check_row_scores("combine", row_scores_R, y_RD, y_RD.shape[0])
+
+
+def _check_topk(logits_TE, top_k, score_function):
+    where = "sonic.topk_softmax"
+    check_shape(where, "logits_TE", logits_TE, T=None, E=None)
+    check_dtype(where, "logits_TE", logits_TE, _FLOATS)
+    check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise argument_error(where, "top_k", top_k, f"1 to num_experts = {logits_TE.shape[1]}")
+
+
+def _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):
+    where = "sonic.build_plan"
+    check_shape(where, "expert_of_slot_P", expert_of_slot_P, P=None)
+    check_integer(where, "expert_of_slot_P", expert_of_slot_P)
+    slots = expert_of_slot_P.shape[0]
+    if token_of_slot_P is not None:
+        check_shape(where, "token_of_slot_P", token_of_slot_P, P=slots)
+        check_integer(where, "token_of_slot_P", token_of_slot_P)
+        others = (("token_of_slot_P", token_of_slot_P),)
+        check_same(where, ("expert_of_slot_P", expert_of_slot_P), others, dtype=False)
+    elif num_tokens == 0 and slots != 0 or num_tokens and slots % num_tokens:
+        raise argument_error(where, "expert_of_slot_P", f"({slots},)", f"(T * K,) with T = {num_tokens}")

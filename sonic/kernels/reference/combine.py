@@ -1,0 +1,24 @@
+"""The gather-and-sum over the rows of each token, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["combine"]
+
+
+def combine(y_RD: Tensor, row_scores_R: Tensor | None, row_by_token_R: Tensor, token_offset_T1: Tensor) -> Tensor:
+    """O_t = sum over the rows of t of score * Y; see ``sonic.kernels.ops.combine``.
+
+    ``embedding_bag`` reads each row once, sums in float32 for 16-bit rows, and writes each token once: 2 R D + 2 T D bytes in bf16.
+    """
+    num_tokens = token_offset_T1.shape[0] - 1
+    if num_tokens == 0 or row_by_token_R.shape[0] == 0 or y_RD.shape[1] == 0:
+        return y_RD.new_zeros(num_tokens, y_RD.shape[1])
+    weights_R = None if row_scores_R is None else row_scores_R.to(y_RD.dtype).index_select(0, row_by_token_R)
+    with torch.no_grad():
+        return F.embedding_bag(
+            row_by_token_R, y_RD, token_offset_T1, mode="sum", per_sample_weights=weights_R, include_last_offset=True
+        )

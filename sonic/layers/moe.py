@@ -1,0 +1,327 @@
+"""The Mixture-of-Experts layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from sonic.functional import SAVE_MODES, expert_mlp, moe_mlp
+from sonic.kernels import ops
+from sonic.routing.losses import attach_loss
+from sonic.routing.result import Routing
+from sonic.routing.topk import TopKRouter
+from sonic.shapes import argument_error, check_choice, check_positive, check_same
+
+__all__ = ["MoE", "SharedExpert", "set_aux_loss_scale"]
+
+Init = str | Callable[[Tensor], object]  # "linear", "normal", or a function that fills a matrix in place
+
+_INITS = ("linear", "normal")
+
+
+class MoE(nn.Module):
+    """A router, routed experts and, if wanted, a shared expert: the drop-in for the MLP of a transformer block.
+
+    Parameters (these are the checkpoint's keys):
+
+    ===============================  ==================================================================================
+    ``w1`` (E, U, D)                 up projections; gate and up rows as ``glu_layout`` says (U = 2N), or U = N
+    ``w2`` (E, D, N)                 down projections
+    ``b1`` (E, U), ``b2`` (E, D)     with ``bias=True``
+    ``router.weight`` (E, D)         with the default router
+    ``shared.w1``, ``shared.w2``     (U', D) and (D, N') with ``shared_intermediate_size`` = N'; ``shared.b1``, ``shared.b2`` with ``bias=True``
+    ===============================  ==================================================================================
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        router: nn.Module | None = None,
+        shared_intermediate_size: int = 0,
+        glu_layout: str = "concatenated",
+        save: str = "preactivation",
+        backend: str | None = None,
+        init: Init = "linear",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            hidden_size: D.
+            intermediate_size: N, width of one expert.
+            num_experts: E.
+            top_k: K, at most E; experts per token of the default router.
+            activation: a name in ``sonic.ACTIVATIONS``.
+            bias: give every projection of the experts a bias.
+            router: a module that maps (T, D) tokens to a :class:`sonic.routing.Routing`; None: ``TopKRouter(hidden_size, num_experts,
+                top_k)``, which has no auxiliary loss. Pass ``TopKRouter(..., aux_loss_coeff=0.01)`` to balance the load.
+            shared_intermediate_size: width of an expert that every token passes; 0: none.
+            glu_layout: ``"concatenated"`` or ``"interleaved"`` rows of ``w1``.
+            save: what backward keeps: ``"preactivation"`` or ``"input"``, see :mod:`sonic.functional`.
+            backend: insist on a kernel backend.
+            init: ``"linear"``: uniform within ±1/sqrt(fan-in), as ``nn.Linear`` draws; ``"normal"``: normal with ``init_std``, biases zero; or a
+                function that fills a tensor in place, called with one expert's matrix at a time (biases zero).
+            init_std: standard deviation for ``"normal"``.
+            device: of the parameters; ``"meta"`` builds the layer without memory.
+            dtype: of the parameters.
+
+        Raises:
+            ValueError: sizes, names or a router that do not fit.
+        """
+        super().__init__()
+        where = "sonic.MoE"
+        check_positive(
+            where, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k
+        )
+        if top_k > num_experts:
+            raise argument_error(where, "top_k", top_k, f"at most num_experts = {num_experts}")
+        check_choice(where, "activation", activation, ops.ACTIVATIONS)
+        check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
+        check_choice(where, "save", save, SAVE_MODES)
+        _check_init(where, init, init_std)
+        if backend is not None:
+            check_choice(where, "backend", backend, ops.dispatch.backends())
+        if shared_intermediate_size:
+            check_positive(where, shared_intermediate_size=shared_intermediate_size)
+        if router is not None:
+            _check_router(where, router, hidden_size, num_experts)
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.activation = activation
+        self.glu_layout = glu_layout
+        self.save = save
+        self.backend = backend
+        self.init, self.init_std = init, init_std
+        self.aux_loss_scale: float | Tensor = 1.0
+        width_u = intermediate_size * (2 if ops.is_gated(activation) else 1)
+        factory = {"device": device, "dtype": dtype}
+        self.w1 = nn.Parameter(torch.empty(num_experts, width_u, hidden_size, **factory))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
+        self.register_parameter("b1", nn.Parameter(torch.empty(num_experts, width_u, **factory)) if bias else None)
+        self.register_parameter("b2", nn.Parameter(torch.empty(num_experts, hidden_size, **factory)) if bias else None)
+        self.router = TopKRouter(hidden_size, num_experts, top_k, backend=backend, **factory) if router is None else router
+        self.shared: SharedExpert | None = None
+        if shared_intermediate_size:
+            self.shared = SharedExpert(
+                hidden_size,
+                shared_intermediate_size,
+                activation=activation,
+                bias=bias,
+                glu_layout=glu_layout,
+                save=save,
+                backend=backend,
+                init=init,
+                init_std=init_std,
+                **factory,
+            )
+        _reset_experts(self.w1, self.w2, self.b1, self.b2, init, init_std)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, the router's (if it has a ``reset_parameters``) and the shared expert's included; after ``to_empty``, say."""
+        _reset_experts(self.w1, self.w2, self.b1, self.b2, self.init, self.init_std)
+        for child in (self.router, self.shared):
+            if hasattr(child, "reset_parameters"):
+                child.reset_parameters()
+
+    @overload
+    def forward(self, x: Tensor, return_routing: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_routing: Literal[True]) -> tuple[Tensor, Routing]: ...
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
+        """Route the tokens, apply their experts, sum.
+
+        In training mode the router's auxiliary loss reaches backward by itself: the gradient of ``aux_loss_scale * aux_loss`` (an attribute, 1.0;
+        :func:`set_aux_loss_scale` sets it for a model) is added to whatever is differentiated through the output.
+
+        Args:
+            x: (..., D), of the parameters' dtype unless autocast is on; zero tokens are fine.
+            return_routing: return the routing too, and attach nothing: add ``routing.aux_loss`` to your loss yourself.
+
+        Returns:
+            y of the shape and dtype of x (autocast's dtype where that is on), or (y, Routing).
+
+        Raises:
+            ValueError: shape, dtype or device do not fit the parameters.
+        """
+        where = "sonic.MoE"
+        if not isinstance(x, Tensor):
+            raise argument_error(where, "x", f"a {type(x).__name__}", "a tensor of shape (..., D)")
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size:
+            raise argument_error(where, "x", tuple(x.shape), f"(..., D) = (..., {self.hidden_size})")
+        check_same(where, ("w1", self.w1), (("x", x),), dtype=not torch.is_autocast_enabled(x.device.type))
+        x_TD = x.reshape(-1, self.hidden_size)
+        routing: Routing = self.router(x_TD)
+        scores = routing.scores
+        if not return_routing and self.training and torch.is_grad_enabled() and routing.aux_loss.requires_grad:
+            scores = attach_loss(scores, routing.aux_loss * self.aux_loss_scale)
+        out_TD = moe_mlp(
+            x_TD,
+            self.w1,
+            self.w2,
+            scores,
+            routing.plan,
+            b1=self.b1,
+            b2=self.b2,
+            activation=self.activation,
+            glu_layout=self.glu_layout,
+            save=self.save,
+            backend=self.backend,
+        )
+        if self.shared is not None:
+            out_TD = out_TD + self.shared(x_TD)
+        out = out_TD.reshape(x.shape)
+        return (out, routing) if return_routing else out
+
+    def extra_repr(self) -> str:
+        """Sizes and the options that matter to a reader of a printed model."""
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, num_experts={self.num_experts}, "
+            f"top_k={self.top_k}, activation={self.activation!r}, bias={self.b1 is not None}, glu_layout={self.glu_layout!r}, "
+            f"save={self.save!r}" + (f", backend={self.backend!r}" if self.backend else "")
+        )
+
+
+class SharedExpert(nn.Module):
+    """The MLP that every token passes: one expert with all rows, as lean in memory as the routed ones.
+
+    Parameters: ``w1`` (U, D), ``w2`` (D, N), with ``bias=True`` also ``b1`` (U,) and ``b2`` (D,).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        glu_layout: str = "concatenated",
+        save: str = "preactivation",
+        backend: str | None = None,
+        init: Init = "linear",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Arguments as those of :class:`MoE`, with ``intermediate_size`` the width of this expert.
+
+        Raises:
+            ValueError: sizes or names that make no sense.
+        """
+        super().__init__()
+        where = "sonic.layers.SharedExpert"
+        check_positive(where, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        check_choice(where, "activation", activation, ops.ACTIVATIONS)
+        check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
+        check_choice(where, "save", save, SAVE_MODES)
+        _check_init(where, init, init_std)
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.activation, self.glu_layout, self.save, self.backend = activation, glu_layout, save, backend
+        self.init, self.init_std = init, init_std
+        width_u = intermediate_size * (2 if ops.is_gated(activation) else 1)
+        factory = {"device": device, "dtype": dtype}
+        self.w1 = nn.Parameter(torch.empty(width_u, hidden_size, **factory))
+        self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
+        self.register_parameter("b1", nn.Parameter(torch.empty(width_u, **factory)) if bias else None)
+        self.register_parameter("b2", nn.Parameter(torch.empty(hidden_size, **factory)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        biases = [None if b is None else b[None] for b in (self.b1, self.b2)]
+        _reset_experts(self.w1[None], self.w2[None], *biases, self.init, self.init_std)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Apply the expert to all tokens: (T, D) -> (T, D).
+
+        Raises:
+            ValueError: shape, dtype or device do not fit the parameters.
+        """
+        return expert_mlp(
+            x_TD,
+            self.w1[None],
+            self.w2[None],
+            torch.full((1,), x_TD.shape[0], dtype=torch.int64, device=x_TD.device),
+            b1=None if self.b1 is None else self.b1[None],
+            b2=None if self.b2 is None else self.b2[None],
+            activation=self.activation,
+            glu_layout=self.glu_layout,
+            save=self.save,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and activation."""
+        return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, activation={self.activation!r}"
+
+
+def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
+    """Scale the auxiliary losses that the :class:`MoE` layers of ``model`` attach from now on.
+
+    Set it to what your training loss is multiplied by before backward: 1/n when n micro-batches are accumulated as ``(loss / n).backward()``, the
+    loss scale of a ``GradScaler`` in fp16.
+
+    Args:
+        model: any module; all MoE layers in it are set.
+        scale: a number or a 0-dim tensor.
+
+    Raises:
+        ValueError: ``model`` holds no MoE layer, or ``scale`` is negative or not finite.
+    """
+    where = "sonic.layers.set_aux_loss_scale"
+    if not isinstance(scale, Tensor) and not (math.isfinite(scale) and scale >= 0):
+        raise argument_error(where, "scale", scale, "a finite number >= 0")
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        raise argument_error(where, "model", f"a {type(model).__name__} without a sonic.MoE in it", "one with at least one")
+    for layer in layers:
+        layer.aux_loss_scale = scale
+
+
+def _check_init(where: str, init: Init, init_std: float) -> None:
+    if not callable(init):
+        check_choice(where, "init", init, _INITS)
+    if not (math.isfinite(init_std) and init_std >= 0):
+        raise argument_error(where, "init_std", init_std, "a finite number >= 0")
+
+
+def _check_router(where: str, router: object, hidden_size: int, num_experts: int) -> None:
+    if not isinstance(router, nn.Module):
+        raise argument_error(where, "router", f"a {type(router).__name__}", "a torch.nn.Module: (T, D) -> sonic.routing.Routing")
+    for name, wanted in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+        have = getattr(router, name, wanted)
+        if have != wanted:
+            raise argument_error(where, f"router.{name}", have, str(wanted))
+
+
+@torch.no_grad()
+def _reset_experts(
+    w1_EUD: Tensor, w2_EDN: Tensor, b1_EU: Tensor | None, b2_ED: Tensor | None, init: Init, init_std: float
+) -> None:
+    for weight, bias in ((w1_EUD, b1_EU), (w2_EDN, b2_ED)):
+        bound = 1 / math.sqrt(weight.shape[2])
+        if callable(init):
+            for matrix in weight:
+                init(matrix)
+        elif init == "normal":
+            weight.normal_(0.0, init_std)
+        else:
+            weight.uniform_(-bound, bound)
+        if bias is not None and init == "linear":
+            bias.uniform_(-bound, bound)
+        elif bias is not None:
+            bias.zero_()
