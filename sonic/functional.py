@@ -187,16 +187,22 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         x_TD = x_TD.contiguous()
         keep_h = save == "preactivation" and any(ctx.needs_input_grad[:6])
-        h_RU, a_RN = ops.up_proj(
-            x_TD, w1_EUD.contiguous(), b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, keep_h, backend
+        out, h_RU = ops.experts(
+            x_TD,
+            w1_EUD.contiguous(),
+            w2_EDN.contiguous(),
+            b1_EU,
+            b2_ED,
+            _row_scores(scores, slot_of_row_R),
+            expert_offset_E1,
+            token_of_row_R,
+            row_by_token_R,
+            token_offset_T1,
+            activation,
+            glu_layout,
+            keep_h,
+            backend,
         )
-        row_scores_R = _row_scores(scores, slot_of_row_R)
-        if token_of_row_R is None:
-            out = ops.down_proj(a_RN, w2_EDN.contiguous(), b2_ED, row_scores_R, expert_offset_E1, backend)
-        else:
-            y_RD = ops.down_proj(a_RN, w2_EDN.contiguous(), b2_ED, None, expert_offset_E1, backend)
-            del a_RN
-            out = ops.combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, backend)
         ctx.options = (activation, glu_layout, backend)
         ctx.where = "sonic.expert_mlp" if token_of_row_R is None else "sonic.moe_mlp"
         ctx.save_for_backward(
@@ -231,59 +237,41 @@ class _Experts(torch.autograd.Function):
             row_by_token_R,
             token_offset_T1,
         ) = ctx.saved_tensors
-        anchors = (x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, scores)
         activation, glu_layout, backend = ctx.options
         need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores = ctx.needs_input_grad[:6]
-        dx_TD = dw1_EUD = dw2_EDN = db1_EU = db2_ED = dscores = None
         with torch.no_grad():
-            incoming, dout_TD = dout_TD, dout_TD.contiguous()
-            w1_EUD, w2_EDN = w1_EUD.contiguous(), w2_EDN.contiguous()  # the views are kept, not their copies
-            row_scores_R = _row_scores(scores, slot_of_row_R)
-            if h_RU is None:
-                h_RU, _ = ops.up_proj(
-                    x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, True, backend
-                )
-            need_dh = need_dx or need_dw1 or need_db1
-            dh_RU, scaled_a_RN, dscores_R = ops.down_proj_bwd_input(
-                dout_TD,
+            dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R = ops.experts_bwd(
+                dout_TD.contiguous(),
+                x_TD,
                 h_RU,
-                w2_EDN,
+                w1_EUD.contiguous(),
+                w2_EDN.contiguous(),
+                b1_EU,
                 b2_ED,
-                row_scores_R,
-                token_of_row_R,
+                _row_scores(scores, slot_of_row_R),
                 expert_offset_E1,
+                token_of_row_R,
+                row_by_token_R,
+                token_offset_T1,
                 activation,
                 glu_layout,
-                need_dh,
+                need_dx,
+                need_dw1,
+                need_dw2,
+                need_db1,
+                need_db2,
                 need_dscores,
                 backend,
             )
-            del h_RU
-            if need_dscores:
-                dscores = _slot_gradient(dscores_R, scores, slot_of_row_R)
-            if need_dw2 or need_db2:
-                dw2_EDN, db2_ED = ops.down_proj_bwd_weight(
-                    dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_dw2, need_db2, backend
-                )
-            del scaled_a_RN
-            if need_dw1 or need_db1:
-                dw1_EUD, db1_EU = ops.up_proj_bwd_weight(
-                    dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_dw1, need_db1, backend
-                )
-            if need_dx:
-                dx_TD = ops.up_proj_bwd_input(dh_RU, w1_EUD, expert_offset_E1, backend)
-                del dh_RU
-                if token_of_row_R is not None:
-                    dx_TD = ops.combine(dx_TD, None, row_by_token_R, token_offset_T1, backend)
-        grads = (
-            dx_TD,
-            dw1_EUD if need_dw1 else None,
-            dw2_EDN if need_dw2 else None,
-            db1_EU if need_db1 else None,
-            db2_ED if need_db2 else None,
-            dscores,
-        )
-        grads = refuse_double_backward(ctx.where, grads, (incoming, *anchors))
+            grads = (
+                dx_TD if need_dx else None,
+                dw1_EUD if need_dw1 else None,
+                dw2_EDN if need_dw2 else None,
+                db1_EU if need_db1 else None,
+                db2_ED if need_db2 else None,
+                _slot_gradient(dscores_R, scores, slot_of_row_R) if need_dscores else None,
+            )
+        grads = refuse_double_backward(ctx.where, grads, (dout_TD, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, scores))
         # expert_offset, token_of_row, slot_of_row, row_by_token, token_offset, activation, glu_layout, save, backend
         return (*grads, None, None, None, None, None, None, None, None, None)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sonic.shapes import argument_error, check_choice, check_positive
 
-__all__ = ["Explanation", "Request", "backends", "counts", "explain", "request_of", "reset_counts", "run", "select", "unusable_reasons"]
+__all__ = ["Explanation", "Request", "backends", "counts", "explain", "has_kernel", "request_of", "reset_counts", "run", "select", "unusable_reasons"]
 
 _BACKENDS = ("cute", "triton", "reference")
 _COUNTS: Counter[tuple[str, str]] = Counter()
@@ -37,7 +37,7 @@ GEMM_OPS = (
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
 )
-OPS = (*GEMM_OPS, "combine", "topk_softmax", "build_plan")
+OPS = (*GEMM_OPS, "combine", "experts", "experts_bwd", "topk_softmax", "build_plan")
 
 
 class UnsupportedError(ValueError):
@@ -235,6 +235,15 @@ def select(request: Request, backend: str | None = None) -> str:
         return name
     told = "; ".join(f"{name}: {', '.join(why)}" for name, why in rejected.items())
     raise UnsupportedError(f"{where}: no backend can serve {request}: {told}")
+
+
+def has_kernel(request: Request, backend: str | None) -> bool:
+    """Whether the backend that :func:`select` names has a kernel of its own for ``request.op``.
+
+    Raises:
+        ValueError, UnsupportedError: as :func:`select`.
+    """
+    return hasattr(_load(select(request, backend)), request.op)
 
 
 def run(request: Request, backend: str | None, *args: Any, **kwargs: Any) -> Any:

@@ -35,6 +35,8 @@ __all__ = [
     "down_proj",
     "down_proj_bwd_input",
     "down_proj_bwd_weight",
+    "experts",
+    "experts_bwd",
     "is_gated",
     "topk_softmax",
     "up_proj",
@@ -410,6 +412,234 @@ def _(dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight=True, need_bias
     )
 
 
+@torch.library.custom_op("sonic::experts", mutates_args=())
+def experts(
+    x_TD: Tensor,
+    w1_EUD: Tensor,
+    w2_EDN: Tensor,
+    b1_EU: Optional[Tensor],
+    b2_ED: Optional[Tensor],
+    row_scores_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    token_of_row_R: Optional[Tensor],
+    row_by_token_R: Optional[Tensor],
+    token_offset_T1: Optional[Tensor],
+    activation: str,
+    glu_layout: str,
+    need_h: bool = True,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor]:
+    """The whole forward of the experts: :func:`up_proj`, :func:`down_proj`, :func:`combine`.
+
+    A backend may serve it in one pass of its own (the reference does: on a CPU a block of rows stays in cache from gather to sum);
+    otherwise it is made of the three ops.
+
+    Args:
+        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout, need_h, backend:
+            as in those ops.
+        row_by_token_R, token_offset_T1: as in :func:`combine`; None, with ``token_of_row_R`` None: rows stand in order and are not summed.
+
+    Returns:
+        out_TD: the sums, or without maps the finished rows (R, D).
+        h_RU: kept for backward, or empty (0, U).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
+    """
+    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    request = _request("experts", x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
+    if dispatch.has_kernel(request, backend):
+        return dispatch.run(
+            request,
+            backend,
+            x_TD,
+            w1_EUD,
+            w2_EDN,
+            b1_EU,
+            b2_ED,
+            row_scores_R,
+            expert_offset_E1,
+            token_of_row_R,
+            activation,
+            glu_layout,
+            need_h,
+        )
+    h_RU, a_RN = up_proj(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h, backend)
+    if token_of_row_R is None:
+        return down_proj(a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, backend), h_RU
+    y_RD = down_proj(a_RN, w2_EDN, b2_ED, None, expert_offset_E1, backend)
+    del a_RN
+    return combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, backend), h_RU
+
+
+@experts.register_fake
+def _(
+    x_TD,
+    w1_EUD,
+    w2_EDN,
+    b1_EU,
+    b2_ED,
+    row_scores_R,
+    expert_offset_E1,
+    token_of_row_R,
+    row_by_token_R,
+    token_offset_T1,
+    activation,
+    glu_layout,
+    need_h=True,
+    backend=None,
+):
+    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    rows = _rows(x_TD, token_of_row_R)
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(rows if need_h else 0, w1_EUD.shape[1])
+
+
+@torch.library.custom_op("sonic::experts_bwd", mutates_args=())
+def experts_bwd(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    h_RU: Optional[Tensor],
+    w1_EUD: Tensor,
+    w2_EDN: Tensor,
+    b1_EU: Optional[Tensor],
+    b2_ED: Optional[Tensor],
+    row_scores_R: Optional[Tensor],
+    expert_offset_E1: Tensor,
+    token_of_row_R: Optional[Tensor],
+    row_by_token_R: Optional[Tensor],
+    token_offset_T1: Optional[Tensor],
+    activation: str,
+    glu_layout: str,
+    need_dx: bool = True,
+    need_dw1: bool = True,
+    need_dw2: bool = True,
+    need_db1: bool = False,
+    need_db2: bool = False,
+    need_dscores: bool = True,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The whole backward of the experts: the four backward GEMM ops and :func:`combine`, in one pass where the backend has one.
+
+    Args:
+        dout_TD: gradient of :func:`experts`' output.
+        h_RU: what :func:`experts` returned; None: computed again from X, 2 R D U FLOP.
+        need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores: which gradients to compute.
+        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, row_by_token_R, token_offset_T1, activation,
+            glu_layout, backend: as in :func:`experts`.
+
+    Returns:
+        dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R: empty in the first dimension where it was not needed; dS per row, in at least
+        float32.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
+    """
+    op = "experts_bwd"
+    _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
+    request = _request(op, x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
+    if dispatch.has_kernel(request, backend):
+        return dispatch.run(
+            request,
+            backend,
+            dout_TD,
+            x_TD,
+            h_RU,
+            w1_EUD,
+            w2_EDN,
+            b1_EU,
+            b2_ED,
+            row_scores_R,
+            expert_offset_E1,
+            token_of_row_R,
+            activation,
+            glu_layout,
+            need_dx,
+            need_dw1,
+            need_dw2,
+            need_db1,
+            need_db2,
+            need_dscores,
+        )
+    if h_RU is None:
+        h_RU, _ = up_proj(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, True, backend)
+    need_dh = need_dx or need_dw1 or need_db1
+    dh_RU, scaled_a_RN, dscores_R = down_proj_bwd_input(
+        dout_TD,
+        h_RU,
+        w2_EDN,
+        b2_ED,
+        row_scores_R,
+        token_of_row_R,
+        expert_offset_E1,
+        activation,
+        glu_layout,
+        need_dh,
+        need_dscores,
+        backend,
+    )
+    del h_RU
+    dw2_EDN, db2_ED = w2_EDN.new_empty(0, *w2_EDN.shape[1:]), w2_EDN.new_empty(0, w2_EDN.shape[1])
+    if need_dw2 or need_db2:
+        dw2_EDN, db2_ED = down_proj_bwd_weight(
+            dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_dw2, need_db2, backend
+        )
+    del scaled_a_RN
+    dw1_EUD, db1_EU = w1_EUD.new_empty(0, *w1_EUD.shape[1:]), w1_EUD.new_empty(0, w1_EUD.shape[1])
+    if need_dw1 or need_db1:
+        dw1_EUD, db1_EU = up_proj_bwd_weight(dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_dw1, need_db1, backend)
+    dx_TD = x_TD.new_empty(0, x_TD.shape[1])
+    if need_dx:
+        dx_TD = up_proj_bwd_input(dh_RU, w1_EUD, expert_offset_E1, backend)
+        del dh_RU
+        if token_of_row_R is not None:
+            dx_TD = combine(dx_TD, None, row_by_token_R, token_offset_T1, backend)
+    return dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R
+
+
+@experts_bwd.register_fake
+def _(
+    dout_TD,
+    x_TD,
+    h_RU,
+    w1_EUD,
+    w2_EDN,
+    b1_EU,
+    b2_ED,
+    row_scores_R,
+    expert_offset_E1,
+    token_of_row_R,
+    row_by_token_R,
+    token_offset_T1,
+    activation,
+    glu_layout,
+    need_dx=True,
+    need_dw1=True,
+    need_dw2=True,
+    need_db1=False,
+    need_db2=False,
+    need_dscores=True,
+    backend=None,
+):
+    op = "experts_bwd"
+    _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
+
+    def gradient(needed, like):
+        return like.new_empty(like.shape[0] if needed else 0, *like.shape[1:])
+
+    rows = _rows(x_TD, token_of_row_R)
+    experts = w1_EUD.shape[0]
+    return (
+        gradient(need_dx, x_TD),
+        gradient(need_dw1, w1_EUD),
+        gradient(need_dw2, w2_EDN),
+        x_TD.new_empty(experts if need_db1 else 0, w1_EUD.shape[1]),
+        x_TD.new_empty(experts if need_db2 else 0, w2_EDN.shape[1]),
+        x_TD.new_empty(rows if need_dscores else 0, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
+    )
+
+
 @torch.library.custom_op("sonic::topk_softmax", mutates_args=())
 def topk_softmax(
     logits_TE: Tensor,
@@ -591,6 +821,29 @@ def _check_down_bwd(
         check_shape(where, "b2_ED", b2_ED, E=experts, D=dout_TD.shape[1])
     check_same(where, ("dout_TD", dout_TD), (("h_RU", h_RU), ("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
     _check_row_scores(op, row_scores_R, dout_TD, rows)
+
+
+def _check_experts(
+    op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout
+):
+    where = f"sonic.{op}"
+    _check_rows(op, "x_TD", x_TD, token_of_row_R, expert_offset_E1)
+    _check_up(op, x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
+    width_u = w1_EUD.shape[1]
+    width_n = width_u // 2 if is_gated(activation) else width_u
+    check_shape(where, "w2_EDN", w2_EDN, E=w1_EUD.shape[0], D=x_TD.shape[1], N=width_n)
+    if b2_ED is not None:
+        check_shape(where, "b2_ED", b2_ED, E=w1_EUD.shape[0], D=x_TD.shape[1])
+    check_same(where, ("x_TD", x_TD), (("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
+    _check_row_scores(op, row_scores_R, x_TD, _rows(x_TD, token_of_row_R))
+
+
+def _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R):
+    where = "sonic.experts_bwd"
+    check_shape(where, "dout_TD", dout_TD, T=x_TD.shape[0], D=x_TD.shape[1])
+    if h_RU is not None:
+        check_shape(where, "h_RU", h_RU, R=_rows(x_TD, token_of_row_R), U=w1_EUD.shape[1])
+    check_same(where, ("x_TD", x_TD), (("dout_TD", dout_TD), ("h_RU", h_RU)))
 
 
 def _check_weight_bwd(op, gathered_name, gathered_TD, rows_name, rows_RN, token_of_row_R, expert_offset_E1):

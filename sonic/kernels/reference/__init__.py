@@ -17,6 +17,7 @@ from sonic.kernels.reference.grouped_gemm import (
     up_proj_bwd_weight,
 )
 from sonic.kernels.reference.routing import build_plan, topk_softmax
+from sonic.kernels.reference.whole_pass import experts, experts_bwd
 
 __all__ = [
     "build_plan",
@@ -24,6 +25,8 @@ __all__ = [
     "down_proj",
     "down_proj_bwd_input",
     "down_proj_bwd_weight",
+    "experts",
+    "experts_bwd",
     "tile_rows",
     "topk_softmax",
     "unsupported_reasons",

