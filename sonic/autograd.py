@@ -27,10 +27,13 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         )
 
 
-def refuse_double_backward(where: str, grads: Iterable[Tensor | None], anchors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def refuse_double_backward(
+    where: str, grads: Iterable[Tensor | None], anchors: Iterable[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """Return ``grads`` so that differentiating them again raises ``RuntimeError`` instead of being silently wrong.
 
-    Call it at the end of a ``backward`` whose gradients were computed without a graph. Outside ``create_graph=True`` it does nothing.
+    Call it at the end of a ``backward`` whose gradients were computed without a graph. Outside ``create_graph=True`` it
+    does nothing.
 
     Args:
         where: the public name to blame.
@@ -38,8 +41,12 @@ def refuse_double_backward(where: str, grads: Iterable[Tensor | None], anchors: 
         anchors: the tensors that the gradients depend on: the incoming gradient and the saved inputs.
     """
     grads = tuple(grads)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled graphs refuse double backward by themselves
+    if (
+        not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    ):  # compiled graphs refuse double backward by themselves
         return grads
     given = [grad for grad in grads if grad is not None]
-    tied = iter(_RefuseDoubleBackward.apply(where, len(given), *given, *(anchor for anchor in anchors if anchor is not None)))
+    tied = iter(
+        _RefuseDoubleBackward.apply(where, len(given), *given, *(anchor for anchor in anchors if anchor is not None))
+    )
     return tuple(None if grad is None else next(tied) for grad in grads)

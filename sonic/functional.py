@@ -2,20 +2,21 @@
 
 What is kept between forward and backward, for T tokens of width D, R routed rows, U = 2N (gated) or N:
 
-======================  =============  ======================================================  =================================
-tensor                  shape          bytes in bf16                                           kept
-======================  =============  ======================================================  =================================
-X                       (T, D)         2 T D                                                   always (it is the caller's tensor)
-H, before activation    (R, U)         2 R U, that is 4 T K N with top-K and a gated act       ``save="preactivation"``
-scores                  of the caller  4 R (float32)                                           always (it is the caller's tensor)
-the plan's integers     int32          12 R + 4 (E + 1) + 4 (T + 1)                            always (they are the plan's tensors)
-weights, biases         parameters     none of their own                                       always
-======================  =============  ======================================================  =================================
+====================  =================  ===================================================  =======================
+tensor                shape              bytes in bf16                                        kept
+====================  =================  ===================================================  =======================
+X                     (T, D)             2 T D                                                always (the caller's)
+H, before activation  (R, U)             2 R U: 4 T K N with top-K and a gated activation     ``save="preactivation"``
+scores                of the caller      4 R (float32)                                        always (the caller's)
+the plan              int32 arrays       12 R + 4 (E + 1) + 4 (T + 1)                         always (the plan's)
+weights, biases       parameters         none of their own                                    always
+====================  =================  ===================================================  =======================
 
-Nothing else: no gathered copy of X or dO, no A, no Y, no table over (T, E). At fixed K * N the sum does not depend on how fine the experts are.
-``save="input"`` drops H and computes it again: 2 T D bytes for 4 R D N FLOP more (+22% of the 18 R D N of a gated layer).
+Nothing else: no gathered copy of X or dO, no A, no Y, no table over (T, E). At fixed K * N the sum does not depend on
+how fine the experts are. ``save="input"`` drops H and computes it again: 2 T D bytes for 4 R D N FLOP more (+22% of the
+18 R D N of a gated layer).
 
-Backward, in the order it runs (SonicMoE, arXiv:2512.14080, algorithms 3 and 5)::
+Backward (SonicMoE, arXiv:2512.14080, algorithms 3 and 5), as the ops of :mod:`sonic.kernels.ops`::
 
     dA' = dO[t] W2[e];  A again from H;  dS = <dA', A>;  dH = act'(H) s dA'      down_proj_bwd_input
     dW2[e] = sum dO[t] (x) s A;  db2[e] = sum s dO[t]                             down_proj_bwd_weight
@@ -57,10 +58,11 @@ def moe_mlp(
     save: str = "preactivation",
     backend: str | None = None,
 ) -> Tensor:
-    """Send each token through its experts and sum what they return: ``out[t] = sum of score * (W2[e] act(W1[e] x[t] + b1[e]) + b2[e])``.
+    """Send each token through its experts and sum what they return: ``out[t] = sum of score * (W2[e] act(W1[e] x[t] +
+    b1[e]) + b2[e])``.
 
-    Differentiable once in ``x``, ``w1``, ``w2``, ``scores``, ``b1`` and ``b2``; only the gradients that are asked for are computed. Under
-    autocast, tokens, weights and biases are cast to its dtype as for ``nn.Linear``.
+    Differentiable once in ``x``, ``w1``, ``w2``, ``scores``, ``b1`` and ``b2``; only the gradients that are asked for
+    are computed. Under autocast, tokens, weights and biases are cast to its dtype as for ``nn.Linear``.
 
     Args:
         x: (T, D), bf16, fp16, fp32 or fp64. T may be 0.
@@ -86,7 +88,12 @@ def moe_mlp(
     if not isinstance(plan, RoutingPlan):
         raise argument_error(where, "plan", f"a {type(plan).__name__}", "a sonic.RoutingPlan")
     check_shape(where, "x", x, T=plan.num_tokens, D=None)
-    check_shape(where, "scores", scores, **dict(zip("TK" if len(plan.scores_shape) == 2 else "P", plan.scores_shape, strict=True)))
+    check_shape(
+        where,
+        "scores",
+        scores,
+        **dict(zip("TK" if len(plan.scores_shape) == 2 else "P", plan.scores_shape, strict=True)),
+    )
     check_dtype(where, "scores", scores, _FLOATS)
     check_same(where, ("x", x), (("scores", scores), ("plan", plan.token_of_row_R)), dtype=False)
     x, w1, w2, b1, b2 = _autocast(x, w1, w2, b1, b2)
@@ -125,13 +132,16 @@ def expert_mlp(
     save: str = "preactivation",
     backend: str | None = None,
 ) -> Tensor:
-    """Apply experts to rows that are already grouped by expert: ``out[r] = score[r] * (W2[e] act(W1[e] rows[r] + b1[e]) + b2[e])``.
+    """Apply experts to rows that are already grouped by expert: ``out[r] = score[r] * (W2[e] act(W1[e] rows[r] + b1[e])
+    + b2[e])``.
 
-    The entry for a caller that dispatches tokens itself, such as expert parallelism. Differentiable once in ``rows``, ``w1``, ``w2``, ``row_scores``,
+    The entry for a caller that dispatches tokens itself, such as expert parallelism. Differentiable once in ``rows``,
+    ``w1``, ``w2``, ``row_scores``,
     ``b1`` and ``b2``. Kept for backward: ``rows`` and H.
 
     Args:
-        rows: (R, D). Rows beyond the sum of ``tokens_per_expert`` (a capacity layout) belong to nobody: they give zeros and get zero gradients.
+        rows: (R, D). Rows beyond the sum of ``tokens_per_expert`` (a capacity layout) belong to nobody: they give zeros
+            and get zero gradients.
         w1: (E, U, D).
         w2: (E, D, N).
         tokens_per_expert: (E,) integer, on the device of ``rows``, or on the CPU (moved without waiting).
@@ -142,8 +152,8 @@ def expert_mlp(
         (R, D), dtype and device of ``rows``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or names do not fit; counts that are negative or sum to more than R; no backend can serve.
-        RuntimeError: from backward, when the gradient is differentiated again.
+        ValueError: shapes, dtypes, devices or names do not fit; counts that are negative or sum to more than R; no
+        backend can serve. RuntimeError: from backward, when the gradient is differentiated again.
     """
     where = "sonic.expert_mlp"
     check_shape(where, "rows", rows, R=None, D=None)
@@ -158,13 +168,30 @@ def expert_mlp(
     _check_experts(where, "rows", rows, w1, w2, b1, b2, num_experts, activation, glu_layout, save)
     expert_offset_E1 = _offsets(where, tokens_per_expert, rows)
     out: Tensor = _Experts.apply(
-        rows, w1, w2, b1, b2, row_scores, expert_offset_E1, None, None, None, None, activation, glu_layout, save, backend
+        rows,
+        w1,
+        w2,
+        b1,
+        b2,
+        row_scores,
+        expert_offset_E1,
+        None,
+        None,
+        None,
+        None,
+        activation,
+        glu_layout,
+        save,
+        backend,
     )
     return out
 
 
 class _Experts(torch.autograd.Function):
-    """Both entries: with the maps of a plan, or with rows that stand in order (all four maps None, ``scores`` per row or None)."""
+    """Both entries.
+
+    With the maps of a plan, or with rows that stand in order (all four maps None, ``scores`` per row or None).
+    """
 
     @staticmethod
     def forward(
@@ -263,7 +290,7 @@ class _Experts(torch.autograd.Function):
                 need_dscores,
                 backend,
             )
-            grads = (
+            grads: tuple[Tensor | None, ...] = (
                 dx_TD if need_dx else None,
                 dw1_EUD if need_dw1 else None,
                 dw2_EDN if need_dw2 else None,
@@ -321,7 +348,9 @@ def _check_experts(
     gated = ops.is_gated(activation)
     width_u = w1.shape[1]
     if gated and width_u % 2:
-        raise argument_error(where, "w1", tuple(w1.shape), f"(E, U, D) with an even U: gate and up rows of {activation}")
+        raise argument_error(
+            where, "w1", tuple(w1.shape), f"(E, U, D) with an even U: gate and up rows of {activation}"
+        )
     check_shape(where, "w2", w2, E=num_experts, D=x.shape[1], N=width_u // 2 if gated else width_u)
     if b1 is not None:
         check_shape(where, "b1", b1, E=num_experts, U=width_u)
@@ -338,6 +367,8 @@ def _offsets(where: str, tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
         if any(count < 0 for count in counts) or sum(counts) > num_rows:
             raise argument_error(where, "tokens_per_expert", counts, f"counts >= 0 that sum to at most R = {num_rows}")
     elif tokens_per_expert.device != rows.device:
-        raise argument_error(where, "tokens_per_expert", f"on {tokens_per_expert.device}", f"on {rows.device} like rows, or on the CPU")
+        raise argument_error(
+            where, "tokens_per_expert", f"on {tokens_per_expert.device}", f"on {rows.device} like rows, or on the CPU"
+        )
     count_E = tokens_per_expert.to(device=rows.device, dtype=torch.int64, non_blocking=True)
     return torch.nn.functional.pad(count_E.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,32 +1,33 @@
 """The letters and names of the whole library, and the one form of an error about an argument.
 
-Upper-case suffixes on local tensors name logical dimensions (never the sharding, and never on parameters or buffers, whose names are
-checkpoint keys). Lower-case letters belong to the inside of GEMM kernels.
+Upper-case suffixes on local tensors name logical dimensions (never the sharding, and never on parameters or buffers,
+whose names are checkpoint keys). Lower-case letters belong to the inside of GEMM kernels; in plain torch a lower-case
+``r`` is a block of the rows R.
 
-======  ==========================================================================================  =======================
-letter  meaning                                                                                     public argument
-======  ==========================================================================================  =======================
+======  ======================================================================================  =====================
+letter  meaning                                                                                 public argument
+======  ======================================================================================  =====================
 T       tokens in this call (batch x sequence, flat)
-D       width of the model                                                                          ``hidden_size``
-N       width of one expert                                                                         ``intermediate_size``
+D       width of the model                                                                      ``hidden_size``
+N       width of one expert                                                                     ``intermediate_size``
 U       rows of the up projection: 2N with a gated activation, else N
-E       experts (those on this rank)                                                                ``num_experts``
-K       experts per token                                                                           ``top_k``
+E       experts (those on this rank)                                                            ``num_experts``
+K       experts per token                                                                       ``top_k``
 P       slots: (token, expert) pairs in the order of the caller's scores; T*K for top-K
-R       routed rows, grouped by expert: equal to P unless a caller brings padding rows of its own
-M       row tile of a grouped GEMM                                                                  ``tile_rows``
-======  ==========================================================================================  =======================
+R       routed rows, grouped by expert: P, unless a caller brings padding rows of its own
+M       row tile of a grouped GEMM                                                              ``tile_rows``
+======  ======================================================================================  =====================
 
 A trailing 1 is "plus one": ``expert_offset_E1`` has E + 1 entries, the first is 0.
 
 Index arrays say their direction:
 
-=====================  ====================================================================================================
-``token_of_row_R``     row -> token
-``slot_of_row_R``      row -> flat index into the scores that the plan was built with (token * K + k for top-K)
-``row_by_token_R``     the rows, listed token by token; those of token t are ``[token_offset_T1[t] : token_offset_T1[t + 1]]``
-``expert_offset_E1``   rows of expert e are ``[expert_offset_E1[e] : expert_offset_E1[e + 1]]``
-=====================  ====================================================================================================
+====================  ===============================================================================================
+``token_of_row_R``    row -> token
+``slot_of_row_R``     row -> flat index into the scores that the plan was built with (token * K + k for top-K)
+``row_by_token_R``    the rows, token by token; token t has ``[token_offset_T1[t] : token_offset_T1[t + 1]]`` of them
+``expert_offset_E1``  rows of expert e are ``[expert_offset_E1[e] : expert_offset_E1[e + 1]]``
+====================  ===============================================================================================
 
 A path through one layer, in names::
 
@@ -41,11 +42,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["argument_error", "check_choice", "check_dtype", "check_integer", "check_positive", "check_same", "check_shape"]
+__all__ = [
+    "argument_error",
+    "check_choice",
+    "check_dtype",
+    "check_integer",
+    "check_positive",
+    "check_same",
+    "check_shape",
+]
 
 
 def argument_error(where: str, argument: str, was: object, wanted: str) -> ValueError:
-    """Build the ``ValueError`` that every check of the library raises: where, which argument, what it was, what was wanted.
+    """Build the ``ValueError`` that every check of the library raises: where, which argument, what it was, what was
+    wanted.
 
     Args:
         where: the public name that was called, such as ``"sonic.moe_mlp"``.
@@ -65,10 +75,14 @@ def check_shape(where: str, argument: str, tensor: Tensor, **dims: int | None) -
     if not isinstance(tensor, Tensor):
         raise argument_error(where, argument, f"a {type(tensor).__name__}", f"a tensor of shape ({', '.join(dims)})")
     shape = tensor.shape
-    if len(shape) == len(dims) and all(want is None or have == want for have, want in zip(shape, dims.values(), strict=True)):
+    if len(shape) == len(dims) and all(
+        want is None or have == want for have, want in zip(shape, dims.values(), strict=True)
+    ):
         return
     letters = ", ".join(dims) + ("," if len(dims) == 1 else "")
-    sizes = ", ".join(letter if want is None else str(want) for letter, want in dims.items()) + ("," if len(dims) == 1 else "")
+    sizes = ", ".join(letter if want is None else str(want) for letter, want in dims.items()) + (
+        "," if len(dims) == 1 else ""
+    )
     wanted = f"({letters})" if all(want is None for want in dims.values()) else f"({letters}) = ({sizes})"
     raise argument_error(where, argument, tuple(shape), wanted)
 
@@ -96,8 +110,11 @@ def check_integer(where: str, argument: str, tensor: Tensor) -> None:
     check_dtype(where, argument, tensor, (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
-def check_same(where: str, reference: tuple[str, Tensor], others: Iterable[tuple[str, Tensor | None]], *, dtype: bool = True) -> None:
-    """Refuse tensors that are not on the device (and, unless told otherwise, of the dtype) of ``reference``; ``None`` is passed over.
+def check_same(
+    where: str, reference: tuple[str, Tensor], others: Iterable[tuple[str, Tensor | None]], *, dtype: bool = True
+) -> None:
+    """Refuse tensors that are not on the device (and, unless told otherwise, of the dtype) of ``reference``; ``None``
+    is passed over.
 
     Raises:
         ValueError: naming both arguments and what they are.

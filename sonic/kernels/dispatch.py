@@ -1,10 +1,13 @@
 """Which backend serves a request, and why not the others.
 
-A :class:`Request` holds metadata only, no tensor, so "what would an H100 do with this shape" is a question that a CPU can answer. Each
-backend is a package ``sonic.kernels.<name>`` that is imported when it is first asked, and answers with reasons: an empty list means
-that it can serve. Automatic choice takes the first of :func:`backends` that can; a name that was insisted on (the ``backend`` argument,
-or the environment variable ``SONIC_BACKEND``) and cannot serve raises with the reasons. Nothing falls back in silence: automatic choice
-that ends at the reference on an accelerator warns.
+A :class:`Request` holds metadata only, no tensor, so "what would an H100 do with this shape" is a question that a CPU
+can answer. Each backend is a package ``sonic.kernels.<name>`` that is imported when it is first asked, and answers with
+reasons: an
+empty list means that it can serve. Automatic choice takes the first of :func:`backends` that can; a name that was
+insisted on (the
+``backend`` argument, or the environment variable ``SONIC_BACKEND``) and cannot serve raises with the reasons. Nothing
+falls back in silence:
+automatic choice that ends at the reference on an accelerator warns.
 """
 
 from __future__ import annotations
@@ -24,7 +27,19 @@ from torch import Tensor
 
 from sonic.shapes import argument_error, check_choice, check_positive
 
-__all__ = ["Explanation", "Request", "backends", "counts", "explain", "has_kernel", "request_of", "reset_counts", "run", "select", "unusable_reasons"]
+__all__ = [
+    "Explanation",
+    "Request",
+    "backends",
+    "counts",
+    "explain",
+    "has_kernel",
+    "request_of",
+    "reset_counts",
+    "run",
+    "select",
+    "unusable_reasons",
+]
 
 _BACKENDS = ("cute", "triton", "reference")
 _COUNTS: Counter[tuple[str, str]] = Counter()
@@ -135,7 +150,8 @@ def explain(
     activation: str = "swiglu",
     backend: str | None = None,
 ) -> Explanation:
-    """Tell which backend would serve ``op`` on these shapes, with which row tile, and why. Touches no device when ``arch`` is given.
+    """Tell which backend would serve ``op`` on these shapes, with which row tile, and why. Touches no device when
+    ``arch`` is given.
 
     Args:
         op: op name, such as ``"up_proj"``.
@@ -216,7 +232,9 @@ def select(request: Request, backend: str | None = None) -> str:
     if insisted is not None:
         reasons = _reasons(insisted, request)
         if reasons:
-            raise UnsupportedError(f"{where}: {source} is {insisted!r}, which cannot serve this call: " + "; ".join(reasons))
+            raise UnsupportedError(
+                f"{where}: {source} is {insisted!r}, which cannot serve this call: " + "; ".join(reasons)
+            )
         return insisted
     rejected: dict[str, list[str]] = {}
     for name in _BACKENDS:

@@ -1,14 +1,17 @@
 """The contracts of all kernels: one function per op, registered with torch so that compilers see it whole.
 
-Each function below is a ``torch.library`` custom op (``torch.ops.sonic.<name>``): its docstring is the contract that every backend
-keeps, its body checks the arguments, describes the call as a :class:`~sonic.kernels.dispatch.Request` and lets
+Each function below is a ``torch.library`` custom op (``torch.ops.sonic.<name>``): its docstring is the contract that
+every backend keeps, its body checks the arguments, describes the call as a :class:`~sonic.kernels.dispatch.Request` and
+lets
 :mod:`sonic.kernels.dispatch` run it, and its fake tells compilers the shapes. Ops take tensors of a
-:class:`~sonic.routing.plan.RoutingPlan`, not the plan: an op's arguments have to be tensors and numbers. Gradients are not taken
-through single ops; :mod:`sonic.functional` joins them.
+:class:`~sonic.routing.plan.RoutingPlan`, not the plan: an op's arguments have to be tensors and numbers. Gradients are
+not taken through single ops; :mod:`sonic.functional` joins them.
 
-All matrices are row-major, on one device and of one floating dtype (float64, float32, float16 or bfloat16); products are accumulated in
-at least float32. ``token_of_row_R=None`` means that the rows already stand in order: row r reads row r. Rows from
-``expert_offset_E1[E]`` on belong to no expert: they come out as zeros where rows are written for a caller, and count nowhere.
+All matrices are row-major, on one device and of one floating dtype (float64, float32, float16 or bfloat16); products
+are accumulated in at least float32. ``token_of_row_R=None`` means that the rows already stand in order: row r reads row
+r. Rows from
+``expert_offset_E1[E]`` on belong to no expert: they come out as zeros where rows are written for a caller, and count
+nowhere.
 
 Cost is given as floating point operations and as bytes moved for 16-bit values, ideal caches.
 
@@ -79,7 +82,8 @@ def up_proj(
         token_of_row_R: int32, row -> token; None: rows stand in order.
         expert_offset_E1: int32, rows of expert e are ``offset[e]:offset[e + 1]``.
         activation: a name in ``sonic.ACTIVATIONS``.
-        glu_layout: ``"concatenated"`` (gate rows, then up rows) or ``"interleaved"`` (g0 u0 g1 u1 …); plain activations ignore it.
+        glu_layout: ``"concatenated"`` (gate rows, then up rows) or ``"interleaved"`` (g0 u0 g1 u1 …); plain activations
+            ignore it.
         need_h: store H; without (inference) an empty (0, U) comes back in its place.
         backend: insist on a backend.
 
@@ -226,7 +230,9 @@ def down_proj_bwd_input(
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
-    _check_down_bwd(dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout)
+    _check_down_bwd(
+        dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout
+    )
     request = _request(
         "down_proj_bwd_input", dout_TD, w2_EDN, h_RU.shape[0], w2_EDN.shape[1], w2_EDN.shape[2], activation
     )
@@ -262,7 +268,9 @@ def _(
     need_dscores=True,
     backend=None,
 ):
-    _check_down_bwd(dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout)
+    _check_down_bwd(
+        dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout
+    )
     rows = h_RU.shape[0]
     return (
         h_RU.new_empty(rows if need_dh else 0, h_RU.shape[1]),
@@ -302,7 +310,9 @@ def down_proj_bwd_weight(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_weight_bwd("down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1)
+    _check_weight_bwd(
+        "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
+    )
     _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
     request = dispatch.request_of(
         "down_proj_bwd_weight",
@@ -319,9 +329,18 @@ def down_proj_bwd_weight(
 
 @down_proj_bwd_weight.register_fake
 def _(
-    dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_weight=True, need_bias=False, backend=None
+    dout_TD,
+    scaled_a_RN,
+    row_scores_R,
+    token_of_row_R,
+    expert_offset_E1,
+    need_weight=True,
+    need_bias=False,
+    backend=None,
 ):
-    _check_weight_bwd("down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1)
+    _check_weight_bwd(
+        "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
+    )
     _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
     experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
     return (
@@ -331,9 +350,7 @@ def _(
 
 
 @torch.library.custom_op("sonic::up_proj_bwd_input", mutates_args=())
-def up_proj_bwd_input(
-    dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor, backend: Optional[str] = None
-) -> Tensor:
+def up_proj_bwd_input(dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor, backend: Optional[str] = None) -> Tensor:
     """Rows of dX: ``dx = dh @ w1[e]``; :func:`combine` without scores sums them per token.
 
     Args:
@@ -431,13 +448,14 @@ def experts(
 ) -> tuple[Tensor, Tensor]:
     """The whole forward of the experts: :func:`up_proj`, :func:`down_proj`, :func:`combine`.
 
-    A backend may serve it in one pass of its own (the reference does: on a CPU a block of rows stays in cache from gather to sum);
-    otherwise it is made of the three ops.
+    A backend may serve it in one pass of its own (the reference does: on a CPU a block of rows stays in cache from
+    gather to sum); otherwise it is made of the three ops.
 
     Args:
-        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout, need_h, backend:
-            as in those ops.
-        row_by_token_R, token_offset_T1: as in :func:`combine`; None, with ``token_of_row_R`` None: rows stand in order and are not summed.
+        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout,
+            need_h, backend: as in those ops.
+        row_by_token_R, token_offset_T1: as in :func:`combine`; None, with ``token_of_row_R`` None: rows stand in order
+        and are not summed.
 
     Returns:
         out_TD: the sums, or without maps the finished rows (R, D).
@@ -446,7 +464,19 @@ def experts(
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
-    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    _check_experts(
+        "experts",
+        x_TD,
+        w1_EUD,
+        w2_EDN,
+        b1_EU,
+        b2_ED,
+        row_scores_R,
+        expert_offset_E1,
+        token_of_row_R,
+        activation,
+        glu_layout,
+    )
     request = _request("experts", x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
     if dispatch.has_kernel(request, backend):
         return dispatch.run(
@@ -489,7 +519,19 @@ def _(
     need_h=True,
     backend=None,
 ):
-    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    _check_experts(
+        "experts",
+        x_TD,
+        w1_EUD,
+        w2_EDN,
+        b1_EU,
+        b2_ED,
+        row_scores_R,
+        expert_offset_E1,
+        token_of_row_R,
+        activation,
+        glu_layout,
+    )
     rows = _rows(x_TD, token_of_row_R)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(rows if need_h else 0, w1_EUD.shape[1])
 
@@ -518,24 +560,26 @@ def experts_bwd(
     need_dscores: bool = True,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The whole backward of the experts: the four backward GEMM ops and :func:`combine`, in one pass where the backend has one.
+    """The whole backward of the experts: the four backward GEMM ops and :func:`combine`, or the backend's own pass.
 
     Args:
         dout_TD: gradient of :func:`experts`' output.
         h_RU: what :func:`experts` returned; None: computed again from X, 2 R D U FLOP.
         need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores: which gradients to compute.
-        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, row_by_token_R, token_offset_T1, activation,
-            glu_layout, backend: as in :func:`experts`.
+        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, row_by_token_R,
+            token_offset_T1, activation, glu_layout, backend: as in :func:`experts`.
 
     Returns:
-        dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R: empty in the first dimension where it was not needed; dS per row, in at least
-        float32.
+        dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R: empty in the first dimension where it was not needed; dS per
+        row, in at least float32.
 
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
     op = "experts_bwd"
-    _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    _check_experts(
+        op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout
+    )
     _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
     request = _request(op, x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
     if dispatch.has_kernel(request, backend):
@@ -622,7 +666,9 @@ def _(
     backend=None,
 ):
     op = "experts_bwd"
-    _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout)
+    _check_experts(
+        op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout
+    )
     _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
 
     def gradient(needed, like):
@@ -703,11 +749,13 @@ def build_plan(
     num_experts: int,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sort slots by expert with a stable counting sort, so that tokens ascend within each expert; no host synchronisation.
+    """Sort slots by expert with a stable counting sort, so that tokens ascend within each expert; no host
+    synchronisation.
 
     Args:
         expert_of_slot_P: integer, 0 <= expert < num_experts.
-        token_of_slot_P: integer, 0 <= token < num_tokens, any order; None: slot p belongs to token p // (P // T), as in top-K.
+        token_of_slot_P: integer, 0 <= token < num_tokens, any order; None: slot p belongs to token p // (P // T), as in
+        top-K.
         num_tokens: T.
         num_experts: E.
         backend: insist on a backend.
@@ -716,7 +764,8 @@ def build_plan(
         expert_offset_E1, token_of_row_R, slot_of_row_R, row_by_token_R, token_offset_T1: int32, see ``sonic.shapes``.
 
     Raises:
-        ValueError: wrong shapes or dtypes; on a CPU also an index out of range, or a token twice at one expert (an accelerator
+        ValueError: wrong shapes or dtypes; on a CPU also an index out of range, or a token twice at one expert (an
+        accelerator
             reports those as a device-side assertion, since looking would cost a synchronisation).
     """
     _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)

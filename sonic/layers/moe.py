@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,20 @@ class MoE(nn.Module):
 
     Parameters (these are the checkpoint's keys):
 
-    ===============================  ==================================================================================
-    ``w1`` (E, U, D)                 up projections; gate and up rows as ``glu_layout`` says (U = 2N), or U = N
-    ``w2`` (E, D, N)                 down projections
-    ``b1`` (E, U), ``b2`` (E, D)     with ``bias=True``
-    ``router.weight`` (E, D)         with the default router
-    ``shared.w1``, ``shared.w2``     (U', D) and (D, N') with ``shared_intermediate_size`` = N'; ``shared.b1``, ``shared.b2`` with ``bias=True``
-    ===============================  ==================================================================================
+    =============================  ===========================================================================
+    ``w1`` (E, U, D)               up projections; gate and up rows as ``glu_layout`` says (U = 2N), or U = N
+    ``w2`` (E, D, N)               down projections
+    ``b1`` (E, U), ``b2`` (E, D)   with ``bias=True``
+    ``router.weight`` (E, D)       with the default router
+    ``shared.w1``, ``shared.w2``   (U', D) and (D, N') with ``shared_intermediate_size`` = N'
+    ``shared.b1``, ``shared.b2``   (U',) and (D,) with that and ``bias=True``
+    =============================  ===========================================================================
     """
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
 
     def __init__(
         self,
@@ -64,14 +70,17 @@ class MoE(nn.Module):
             top_k: K, at most E; experts per token of the default router.
             activation: a name in ``sonic.ACTIVATIONS``.
             bias: give every projection of the experts a bias.
-            router: a module that maps (T, D) tokens to a :class:`sonic.routing.Routing`; None: ``TopKRouter(hidden_size, num_experts,
-                top_k)``, which has no auxiliary loss. Pass ``TopKRouter(..., aux_loss_coeff=0.01)`` to balance the load.
+            router: a module that maps (T, D) tokens to a :class:`sonic.routing.Routing`; None:
+                ``TopKRouter(hidden_size, num_experts, top_k)``, which has no auxiliary loss. Pass ``TopKRouter(...,
+                aux_loss_coeff=0.01)`` to balance the
+                load.
             shared_intermediate_size: width of an expert that every token passes; 0: none.
             glu_layout: ``"concatenated"`` or ``"interleaved"`` rows of ``w1``.
             save: what backward keeps: ``"preactivation"`` or ``"input"``, see :mod:`sonic.functional`.
             backend: insist on a kernel backend.
-            init: ``"linear"``: uniform within ±1/sqrt(fan-in), as ``nn.Linear`` draws; ``"normal"``: normal with ``init_std``, biases zero; or a
-                function that fills a tensor in place, called with one expert's matrix at a time (biases zero).
+            init: ``"linear"``: uniform within ±1/sqrt(fan-in), as ``nn.Linear`` draws; ``"normal"``: normal with
+                ``init_std``, biases zero; or a function that fills a tensor in place, called with one expert's matrix
+                at a time (biases zero).
             init_std: standard deviation for ``"normal"``.
             device: of the parameters; ``"meta"`` builds the layer without memory.
             dtype: of the parameters.
@@ -107,12 +116,14 @@ class MoE(nn.Module):
         self.init, self.init_std = init, init_std
         self.aux_loss_scale: float | Tensor = 1.0
         width_u = intermediate_size * (2 if ops.is_gated(activation) else 1)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w1 = nn.Parameter(torch.empty(num_experts, width_u, hidden_size, **factory))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
         self.register_parameter("b1", nn.Parameter(torch.empty(num_experts, width_u, **factory)) if bias else None)
         self.register_parameter("b2", nn.Parameter(torch.empty(num_experts, hidden_size, **factory)) if bias else None)
-        self.router = TopKRouter(hidden_size, num_experts, top_k, backend=backend, **factory) if router is None else router
+        self.router = (
+            TopKRouter(hidden_size, num_experts, top_k, backend=backend, **factory) if router is None else router
+        )
         self.shared: SharedExpert | None = None
         if shared_intermediate_size:
             self.shared = SharedExpert(
@@ -130,11 +141,14 @@ class MoE(nn.Module):
         _reset_experts(self.w1, self.w2, self.b1, self.b2, init, init_std)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, the router's (if it has a ``reset_parameters``) and the shared expert's included; after ``to_empty``, say."""
+        """Draw all parameters anew, the router's (if it has a ``reset_parameters``) and the shared expert's included;
+        after ``to_empty``, say.
+        """
         _reset_experts(self.w1, self.w2, self.b1, self.b2, self.init, self.init_std)
         for child in (self.router, self.shared):
-            if hasattr(child, "reset_parameters"):
-                child.reset_parameters()
+            reset = getattr(child, "reset_parameters", None)
+            if callable(reset):
+                reset()
 
     @overload
     def forward(self, x: Tensor, return_routing: Literal[False] = False) -> Tensor: ...
@@ -145,8 +159,9 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """Route the tokens, apply their experts, sum.
 
-        In training mode the router's auxiliary loss reaches backward by itself: the gradient of ``aux_loss_scale * aux_loss`` (an attribute, 1.0;
-        :func:`set_aux_loss_scale` sets it for a model) is added to whatever is differentiated through the output.
+        In training mode the router's auxiliary loss reaches backward by itself: the gradient of ``aux_loss_scale *
+        aux_loss`` (an attribute, 1.0; :func:`set_aux_loss_scale` sets it for a model) is added to whatever is
+        differentiated through the output.
 
         Args:
             x: (..., D), of the parameters' dtype unless autocast is on; zero tokens are fine.
@@ -190,9 +205,10 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and the options that matter to a reader of a printed model."""
         return (
-            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, num_experts={self.num_experts}, "
-            f"top_k={self.top_k}, activation={self.activation!r}, bias={self.b1 is not None}, glu_layout={self.glu_layout!r}, "
-            f"save={self.save!r}" + (f", backend={self.backend!r}" if self.backend else "")
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r}, "
+            f"bias={self.b1 is not None}, glu_layout={self.glu_layout!r}, save={self.save!r}"
+            + (f", backend={self.backend!r}" if self.backend else "")
         )
 
 
@@ -201,6 +217,11 @@ class SharedExpert(nn.Module):
 
     Parameters: ``w1`` (U, D), ``w2`` (D, N), with ``bias=True`` also ``b1`` (U,) and ``b2`` (D,).
     """
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
 
     def __init__(
         self,
@@ -233,7 +254,7 @@ class SharedExpert(nn.Module):
         self.activation, self.glu_layout, self.save, self.backend = activation, glu_layout, save, backend
         self.init, self.init_std = init, init_std
         width_u = intermediate_size * (2 if ops.is_gated(activation) else 1)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w1 = nn.Parameter(torch.empty(width_u, hidden_size, **factory))
         self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
         self.register_parameter("b1", nn.Parameter(torch.empty(width_u, **factory)) if bias else None)
@@ -242,8 +263,8 @@ class SharedExpert(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        biases = [None if b is None else b[None] for b in (self.b1, self.b2)]
-        _reset_experts(self.w1[None], self.w2[None], *biases, self.init, self.init_std)
+        b1, b2 = (None if bias is None else bias[None] for bias in (self.b1, self.b2))
+        _reset_experts(self.w1[None], self.w2[None], b1, b2, self.init, self.init_std)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the expert to all tokens: (T, D) -> (T, D).
@@ -266,14 +287,15 @@ class SharedExpert(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and activation."""
-        return f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, activation={self.activation!r}"
+        sizes = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
+        return f"{sizes}, activation={self.activation!r}"
 
 
 def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
     """Scale the auxiliary losses that the :class:`MoE` layers of ``model`` attach from now on.
 
-    Set it to what your training loss is multiplied by before backward: 1/n when n micro-batches are accumulated as ``(loss / n).backward()``, the
-    loss scale of a ``GradScaler`` in fp16.
+    Set it to what your training loss is multiplied by before backward: 1/n when n micro-batches are accumulated as
+    ``(loss / n).backward()``, the loss scale of a ``GradScaler`` in fp16.
 
     Args:
         model: any module; all MoE layers in it are set.
@@ -287,7 +309,9 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
         raise argument_error(where, "scale", scale, "a finite number >= 0")
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
-        raise argument_error(where, "model", f"a {type(model).__name__} without a sonic.MoE in it", "one with at least one")
+        raise argument_error(
+            where, "model", f"a {type(model).__name__} without a sonic.MoE in it", "one with at least one"
+        )
     for layer in layers:
         layer.aux_loss_scale = scale
 
@@ -301,7 +325,9 @@ def _check_init(where: str, init: Init, init_std: float) -> None:
 
 def _check_router(where: str, router: object, hidden_size: int, num_experts: int) -> None:
     if not isinstance(router, nn.Module):
-        raise argument_error(where, "router", f"a {type(router).__name__}", "a torch.nn.Module: (T, D) -> sonic.routing.Routing")
+        raise argument_error(
+            where, "router", f"a {type(router).__name__}", "a torch.nn.Module: (T, D) -> sonic.routing.Routing"
+        )
     for name, wanted in (("hidden_size", hidden_size), ("num_experts", num_experts)):
         have = getattr(router, name, wanted)
         if have != wanted:

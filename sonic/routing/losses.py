@@ -1,7 +1,9 @@
 """Balancing losses, and how a loss reaches backward by itself.
 
-Both losses need the softmax over all experts in backward. A (T, E) table is not kept for that: given ``source=(x, weight)`` the logits are
-computed again from the tokens, which are kept anyway, for 2 T D E FLOP (0.7% of the experts' work at E = 128, K = 8, N = 256).
+Both losses need the softmax over all experts in backward. A (T, E) table is not kept for that: given ``source=(x,
+weight)`` the logits are computed again from the tokens, which are kept anyway, for 2 T D E FLOP (0.7% of the experts'
+work at E = 128, K = 8, N
+= 256).
 """
 
 from __future__ import annotations
@@ -31,18 +33,21 @@ def load_balancing_loss(
 ) -> Tensor:
     """Switch load-balancing loss ``E * sum over e of f_e * P_e``; 1 at perfect balance.
 
-    f_e is the share of the routed rows that expert e got (no gradient), P_e the mean over tokens of its probability: softmax of the
-    logits, or sigmoid over its sum.
+    f_e is the share of the routed rows that expert e got (no gradient), P_e the mean over tokens of its probability:
+    softmax of the logits, or sigmoid over its sum.
 
     Args:
         logits: (T, E).
         tokens_per_expert: (E,) rows of each expert.
         score_function: ``"softmax"`` or ``"sigmoid"``.
-        group: ranks whose tokens are balanced together: a process group, ``"world"`` (a single process if none is initialised), or None for this
-            rank alone. f_e is summed over the group and P_e scaled so that the *mean over the group's ranks* of this loss, and so of its
-            gradients as data-parallel training averages them, is the loss of all their tokens together, also where ranks hold
-            different numbers of tokens.
-        source: (x (T, D), weight (E, D)) from which backward computes the logits again; without, the logits are kept (4 T E bytes).
+        group: ranks whose tokens are balanced together: a process group, ``"world"`` (a single process if none is
+            initialised), or None for this rank alone. f_e is summed over the group and P_e scaled so that the *mean
+            over the group's ranks* of this
+            loss, and so of its gradients as data-parallel training averages them, is the loss of all their tokens
+            together, also where
+            ranks hold different numbers of tokens.
+        source: (x (T, D), weight (E, D)) from which backward computes the logits again; without, the logits are kept (4
+            T E bytes).
 
     Raises:
         ValueError: shapes or names do not fit.
@@ -77,7 +82,10 @@ def router_losses(
     group: Group = None,
     source: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(:func:`load_balancing_loss`, :func:`router_z_loss`) in one pass over the logits, and one in backward; arguments as there."""
+    """(:func:`load_balancing_loss`, :func:`router_z_loss`) in one pass over the logits, and one in backward.
+
+    Arguments as there.
+    """
     where = "sonic.routing.load_balancing_loss"
     check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
     check_shape(where, "logits", logits, T=None, E=None)
@@ -89,7 +97,8 @@ def router_losses(
 
 
 def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
-    """Return ``carrier`` unchanged; whatever is later differentiated through it also adds the gradient of ``1.0 * loss``.
+    """Return ``carrier`` unchanged; whatever is later differentiated through it also adds the gradient of ``1.0 *
+    loss``.
 
     Args:
         carrier: any tensor on the way to the training loss, such as the router's scores.
@@ -147,7 +156,9 @@ class _RouterLosses(torch.autograd.Function):
             log_total_T1 = torch.logsumexp(wide_TE, dim=-1, keepdim=True)
             dlogits_TE += torch.exp(wide_TE - log_total_T1) * (2 * dz * token_weight * log_total_T1)
             dlogits_TE = dlogits_TE.to(logits_TE.dtype)
-        (dlogits,) = refuse_double_backward("sonic.routing.load_balancing_loss", (dlogits_TE,), (dbalance, dz, *ctx.saved_tensors))
+        (dlogits,) = refuse_double_backward(
+            "sonic.routing.load_balancing_loss", (dlogits_TE,), (dbalance, dz, *ctx.saved_tensors)
+        )
         return dlogits, None, None, None, None, None  # logits; x, weight, share, token_weight, score_function
 
 
@@ -162,24 +173,28 @@ class _AttachLoss(torch.autograd.Function):
         return dcarrier, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device)
 
 
-def _probabilities(logits_TE: Tensor, score_function: str) -> tuple[Tensor, Tensor | None]:
-    """Probabilities that sum to 1 per token, and for sigmoid the sum they were divided by (T, 1)."""
+def _probabilities(logits_TE: Tensor, score_function: str) -> tuple[Tensor, Tensor]:
+    """Probabilities that sum to 1 per token, and the sum that sigmoids were divided by (T, 1)."""
     if score_function == "softmax":
-        return torch.softmax(logits_TE, dim=-1), None
+        return torch.softmax(logits_TE, dim=-1), logits_TE.new_ones(())
     sigmoid_TE = torch.sigmoid(logits_TE)
     total_T1 = sigmoid_TE.sum(-1, keepdim=True) + 1e-20
     return sigmoid_TE / total_T1, total_T1
 
 
 def _shares(tokens_per_expert: Tensor, logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Share of the routed rows per expert, and the weight of each of this rank's tokens in the means, over ``group``."""
+    """Share of the routed rows per expert, and the weight of each of this rank's tokens in the means, over
+    ``group``.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     count_E = tokens_per_expert.to(wide)
     total = torch.full((1,), logits.shape[0], dtype=wide, device=logits.device)
     num_ranks = 1
     if group is not None:
         if isinstance(group, str) and group != "world":
-            raise argument_error("sonic.routing.load_balancing_loss", "group", repr(group), "a process group, 'world' or None")
+            raise argument_error(
+                "sonic.routing.load_balancing_loss", "group", repr(group), "a process group, 'world' or None"
+            )
         if dist.is_available() and dist.is_initialized():
             process_group = None if isinstance(group, str) else group
             counted = torch.cat((count_E, total))

@@ -12,10 +12,13 @@ __all__ = ["RoutingPlan"]
 
 
 class RoutingPlan:
-    """Rows grouped by expert, and the maps between tokens, slots and rows. Build it with :meth:`from_topk` or :meth:`from_pairs`.
+    """Rows grouped by expert, and the maps between tokens, slots and rows. Build it with :meth:`from_topk` or
+    :meth:`from_pairs`.
 
-    A slot is a (token, expert) pair in the order of the caller's scores; a row is the same pair in the order of the experts. Tokens
-    ascend within each expert. Everything stays on the device of the indices; building synchronises with the host on a CPU only.
+    A slot is a (token, expert) pair in the order of the caller's scores; a row is the same pair in the order of the
+    experts. Tokens ascend within each expert. Everything stays on the device of the indices; building synchronises with
+    the host on a
+    CPU only.
 
     Attributes:
         num_tokens: T.
@@ -70,7 +73,9 @@ class RoutingPlan:
         check_shape(where, "expert_index", expert_index, T=None, K=None)
         num_tokens, top_k = expert_index.shape
         if top_k > num_experts:
-            raise argument_error(where, "expert_index", tuple(expert_index.shape), f"(T, K) with K at most num_experts = {num_experts}")
+            raise argument_error(
+                where, "expert_index", tuple(expert_index.shape), f"(T, K) with K at most num_experts = {num_experts}"
+            )
         arrays = ops.build_plan(expert_index.reshape(-1), None, num_tokens, num_experts, backend)
         return cls(num_tokens, num_experts, (num_tokens, top_k), *arrays)
 
@@ -130,6 +135,5 @@ class RoutingPlan:
         return ((count_E + tile_rows - 1) // tile_rows * tile_rows).sum()
 
     def __repr__(self) -> str:
-        return (
-            f"RoutingPlan(num_tokens={self.num_tokens}, num_experts={self.num_experts}, num_rows={self.num_rows}, device='{self.device}')"
-        )
+        sizes = f"num_tokens={self.num_tokens}, num_experts={self.num_experts}, num_rows={self.num_rows}"
+        return f"RoutingPlan({sizes}, device='{self.device}')"

@@ -21,7 +21,8 @@ __all__ = ["TopKRouter", "router_logits", "topk_scores"]
 class TopKRouter(nn.Module):
     """Send each token to its ``top_k`` best experts.
 
-    Logits and scores are computed in float32 (float64 for float64 tokens), whatever the tokens' dtype and under autocast too. Kept for
+    Logits and scores are computed in float32 (float64 for float64 tokens), whatever the tokens' dtype and under
+    autocast too. Kept for
     backward: the tokens, which the experts keep as well, the scores, and the chosen experts as int32; no (T, E) table.
 
     Parameters: ``weight`` (E, D).
@@ -50,8 +51,8 @@ class TopKRouter(nn.Module):
             num_experts: E.
             top_k: K, at most E.
             score_function: ``"softmax"`` or ``"sigmoid"``.
-            pre_softmax: softmax over all experts before choosing (Switch, OLMoE, Qwen3 with ``norm_topk_prob``); else over the K chosen
-                (Mixtral, gpt-oss). Softmax only.
+            pre_softmax: softmax over all experts before choosing (Switch, OLMoE, Qwen3 with ``norm_topk_prob``); else
+                over the K chosen (Mixtral, gpt-oss). Softmax only.
             norm_topk_prob: divide the K scores by their sum.
             topk_scaling_factor: multiplies the finished scores (DeepSeek-V3: 2.5).
             aux_loss_coeff: times the switch load-balancing loss; 0 leaves it out.
@@ -144,7 +145,9 @@ class TopKRouter(nn.Module):
             "aux_loss_coeff": 0.0,
             "z_loss_coeff": 0.0,
         }
-        parts += [f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default]
+        parts += [
+            f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default
+        ]
         return ", ".join(parts)
 
 
@@ -186,8 +189,8 @@ def topk_scores(
         logits: (T, E).
         top_k: K.
         score_function, pre_softmax, norm_topk_prob, topk_scaling_factor: see :class:`TopKRouter`.
-        source: (x (T, D), weight (E, D)) from which backward computes the logits again where it needs all of them (softmax over all
-            experts, not normalised); without, they are kept.
+        source: (x (T, D), weight (E, D)) from which backward computes the logits again where it needs all of them
+            (softmax over all experts, not normalised); without, they are kept.
         backend: insist on a backend.
 
     Returns:
@@ -273,5 +276,7 @@ class _TopKScores(torch.autograd.Function):
             else:
                 dlogits_TE = prob_TK.new_zeros(prob_TK.shape[0], ctx.num_experts)
             dlogits_TE = dlogits_TE.scatter_add(1, expert_TK.long(), dchosen_TK).to(ctx.logits_dtype)
-        (dlogits,) = refuse_double_backward("sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, *ctx.saved_tensors))
+        (dlogits,) = refuse_double_backward(
+            "sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, *ctx.saved_tensors)
+        )
         return dlogits, None, None, None, None, None, None, None, None  # logits; the rest are options and sources

@@ -1,8 +1,9 @@
 """The activations and their derivatives, written into buffers that are given.
 
-Gated: ``a = value(gate) * factor(up)`` with N gate and N up columns in H; plain: ``a = value(h)``. The passes go over a slice of rows that
-stays in a core's cache, then the next: measured twice as fast in backward as passes over 2,048 rows of 512. Arithmetic is torch's own in
-the dtype of H.
+Gated: ``a = value(gate) * factor(up)`` with N gate and N up columns in H; plain: ``a = value(h)``. The passes go over a
+slice of rows that stays in a core's cache, then the next: measured twice as fast in backward as passes over 2,048 rows
+of 512. Arithmetic
+is torch's own in the dtype of H.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "activate", "activate_bwd", "gate_and_up", "is_gated"]
 
@@ -24,7 +24,7 @@ _OAI_LIMIT = 7.0
 
 @dataclass(frozen=True)
 class _Activation:
-    """One activation: ``value(x, out)`` and ``value_bwd(grad, x, out)``; ``factor`` of the up half if that is not the identity."""
+    """``value(x, out)`` of the gate (or the only) half, and ``factor(x)`` of the up half where that is not the identity."""
 
     gated: bool
     value: Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +73,8 @@ def _oai_value(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _oai_value_bwd(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    scaled = torch.clamp(x, max=_OAI_LIMIT).mul_(_OAI_ALPHA)  # value(g) = silu(1.702 g) / 1.702, so its slope is silu'(1.702 g)
+    # value(g) = silu(1.702 g) / 1.702, so its slope is silu'(1.702 g)
+    scaled = torch.clamp(x, max=_OAI_LIMIT).mul_(_OAI_ALPHA)
     _silu_bwd(grad, scaled, out)
     return out.mul_(x <= _OAI_LIMIT)
 
@@ -104,7 +105,7 @@ def is_gated(activation: str) -> bool:
 
 
 def gate_and_up(h_RU: Tensor, glu_layout: str) -> tuple[Tensor, Tensor]:
-    """Views of the gate and the up half of H (R, N) each: the halves if ``"concatenated"``, every other column if ``"interleaved"``."""
+    """Views of the gate and the up columns of H, (R, N) each: its halves, or every other column if interleaved."""
     if glu_layout == "interleaved":
         return h_RU[:, 0::2], h_RU[:, 1::2]
     width = h_RU.shape[1] // 2
@@ -184,12 +185,18 @@ def activate_bwd(
 
 
 def _slice_rows(width: int) -> int:
-    """Rows whose N values are few enough that the passes over them stay in a core's cache, and enough to be worth two cores."""
+    """Rows few enough that the passes over their values stay in a core's cache, and enough to be worth a thread."""
     return max(1, _SLICE_VALUES // max(width, 1))
 
 
 def _slices(width: int, *tensors: Tensor | None) -> list[Sequence[Tensor | None]]:
-    """Each tensor cut into the same runs of rows; ``None`` gives a ``None`` per run."""
+    """Each tensor (the first is none of the ``None``) cut into the same runs of rows.
+
+    ``None`` gives a ``None`` per run.
+    """
     rows = _slice_rows(width)
-    cut: list[Sequence[Tensor | None]] = [tensor.split(rows) if tensor is not None else () for tensor in tensors]
-    return [runs or (None,) * len(cut[0]) for runs in cut]
+    num_rows = 0 if tensors[0] is None else tensors[0].shape[0]
+    if num_rows <= rows:
+        return [(tensor,) for tensor in tensors]
+    num_runs = -(-num_rows // rows)
+    return [(None,) * num_runs if tensor is None else tensor.split(rows) for tensor in tensors]

@@ -1,7 +1,9 @@
 """Blocks of rows, and what the ops of this folder do with them: gather, widen, round back, sum over an expert.
 
-16-bit dtypes: where the processor multiplies them fast, operands stay 16-bit (``torch.mm`` accumulates in float32); elsewhere a block and
-its weights are widened to float32 on the way, which is faster there and rounds less. :func:`compute_dtype` decides, by chip.
+16-bit dtypes: where the processor multiplies them fast, operands stay 16-bit (``torch.mm`` accumulates in float32);
+elsewhere a block and its weights are widened to float32 on the way, which is faster there and rounds less.
+:func:`compute_dtype` decides, by
+chip.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from sonic.shapes import argument_error
 
 __all__ = ["Block", "ExpertSums", "compute_dtype"]
 
-_BLOCK_BYTES = 16 << 20  # working set of a block of rows: larger blocks make better matrix multiplies, until scratch memory gets large
+_BLOCK_BYTES = (
+    16 << 20
+)  # working set of a block of rows: larger blocks make better matrix multiplies, until scratch memory gets large
 _MIN_BLOCK_ROWS = 256  # fewer rows than this make a matrix multiply wait for its weights
 _MAX_16BIT_CONTRACTION_ROWS = 8192  # 16-bit products are rounded per block, so blocks that are summed are few and large
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a block of ``tensor`` is multiplied: its own, or float32 for 16-bit values on a CPU that is slow at them."""
+    """The dtype in which ``tensor`` is multiplied: its own, or float32 for 16 bits on a CPU that is slow at them."""
     if tensor.device.type != "cpu" or tensor.dtype not in (torch.bfloat16, torch.float16):
         return tensor.dtype
     return tensor.dtype if tensor.dtype in _fast_16bit_dtypes() else torch.float32
@@ -31,9 +35,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 @functools.cache  # the processor does not change under a process
 def _fast_16bit_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes that this CPU multiplies faster than float32, from what Linux says of it; unknown chips are taken to be fast.
+    """The 16-bit dtypes that this CPU multiplies faster than float32, from what Linux says of it.
 
-    AMX is; AMD's AVX512-BF16 is (4x float32); Intel's AVX512-BF16 without AMX issues half as many multiply-adds as its float32 units.
+
+    AMX is fast, and so is AMD's AVX512-BF16 (4 times float32); Intel's AVX512-BF16 without AMX does half of what its
+    float32 units do. Where Linux says nothing, 16 bits are taken to be fast.
     """
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -49,7 +55,10 @@ def _fast_16bit_dtypes() -> frozenset[torch.dtype]:
 
 
 class Block:
-    """The rows of one expert that are worked on at a time: their extent, their gathering, and scratch buffers used again for every block."""
+    """The rows of one expert that are worked on at a time.
+
+    Their extent, their gathering, and scratch buffers used again for every block.
+    """
 
     def __init__(self, like: Tensor, width: int, contraction: bool = False) -> None:
         self.dtype = compute_dtype(like)
@@ -62,7 +71,10 @@ class Block:
     def spans(
         self, expert_offset_E1: Tensor, num_rows: int, num_experts: int, zero_tail: Tensor | None = None
     ) -> Iterator[tuple[int, int, int]]:
-        """Yield (expert, start, stop) for every block of rows; rows after the last offset belong to nobody: zero in ``zero_tail``."""
+        """Yield (expert, start, stop) for every block of rows.
+
+        Rows after the last offset belong to no expert: they are set to zero in ``zero_tail``, if that is given.
+        """
         offsets = expert_offset_E1.tolist()
         if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
             wanted = f"0 first, then never falling, at most R = {num_rows}"
@@ -79,7 +91,10 @@ class Block:
                 yield expert, start, min(start + step, end)
 
     def buffer(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A scratch block (rows, width), in the compute dtype unless told otherwise; contents are left over from the block before."""
+        """A scratch block (rows, width), in the compute dtype unless told otherwise.
+
+        Contents are left over from the block before.
+        """
         dtype = dtype or self.dtype
         held = self._buffers.get(name)
         if held is None or held.shape[0] < rows:
@@ -101,7 +116,10 @@ class Block:
         return self.buffer(name, *block.shape).copy_(block)
 
     def output(self, name: str, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Where to compute rows [start, stop) of ``tensor``: in place, or in a scratch block that :meth:`store` then rounds."""
+        """Where to compute rows [start, stop) of ``tensor``.
+
+        In place, or in a scratch block that :meth:`store` then rounds.
+        """
         if tensor.dtype == self.dtype:
             return tensor[start:stop]
         return self.buffer(name, stop - start, tensor.shape[1])
@@ -116,7 +134,7 @@ class Block:
         return row_scores_R[start:stop, None].to(self.dtype)
 
     def weights(self, w_Eab: Tensor) -> _Weights:
-        """The experts' matrices in the compute dtype, each converted when it is first asked for and dropped with the next."""
+        """The experts' matrices in the compute dtype, one at a time."""
         return _Weights(w_Eab, self.dtype)
 
 
@@ -138,13 +156,17 @@ class _Weights:
 
 
 class ExpertSums:
-    """Weight and bias gradients of the experts, each summed over its blocks of rows in at least float32 and rounded once.
+    """Weight and bias gradients of the experts, each summed over its blocks of rows in at least float32 and rounded
+    once.
 
     Blocks come expert by expert, in ascending order. Where the sum has the gradient's dtype it is built in its place.
     """
 
     def __init__(self, like: Tensor, shape: torch.Size, need_weight: bool, need_bias: bool) -> None:
-        """For weights of ``shape`` (E, a, b) with gradients in the dtype of ``like``; what is not needed is empty in front."""
+        """For weights of ``shape`` (E, a, b) with gradients in the dtype of ``like``.
+
+        Of what is not needed, an empty tensor comes out.
+        """
         num_experts, width_a, width_b = shape
         self._dw_Eab = like.new_empty(num_experts if need_weight else 0, width_a, width_b)
         sum_dtype = torch.promote_types(like.dtype, torch.float32)

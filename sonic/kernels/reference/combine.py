@@ -12,7 +12,8 @@ __all__ = ["combine"]
 def combine(y_RD: Tensor, row_scores_R: Tensor | None, row_by_token_R: Tensor, token_offset_T1: Tensor) -> Tensor:
     """O_t = sum over the rows of t of score * Y; see ``sonic.kernels.ops.combine``.
 
-    ``embedding_bag`` reads each row once, sums in float32 for 16-bit rows, and writes each token once: 2 R D + 2 T D bytes in bf16.
+    ``embedding_bag`` reads each row once, sums in float32 for 16-bit rows, and writes each token once: 2 R D + 2 T D
+    bytes in bf16.
     """
     num_tokens = token_offset_T1.shape[0] - 1
     if num_tokens == 0 or row_by_token_R.shape[0] == 0 or y_RD.shape[1] == 0:

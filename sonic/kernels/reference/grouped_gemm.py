@@ -1,11 +1,12 @@
 """The six grouped GEMMs over rows sorted by expert, in plain torch.
 
-Every op walks the experts that have rows, in blocks of rows small enough for a core's cache: gather (or view) the rows of a block,
-multiply into the block's place in the output, finish the tail (activation, derivative, score, bias) while the block is in cache.
-Nothing of the size of a gathered X or dO ever exists, and no table over tokens and experts.
+Every op walks the experts that have rows, in blocks of rows small enough for a core's cache: gather (or view) the rows
+of a block, multiply into the block's place in the output, finish the tail (activation, derivative, score, bias) while
+the block is
+in cache. Nothing of the size of a gathered X or dO ever exists, and no table over tokens and experts.
 
-Which resource bounds it: the matrix multiplies of one expert (2 * rows * D * U FLOP on rows * D + D * U operands) are bound by compute from
-some tens of rows on; all else is memory traffic, so passes over memory are what this file saves.
+Which resource bounds it: the matrix multiplies of one expert (2 * rows * D * U FLOP on rows * D + D * U operands) are
+bound by compute from some tens of rows on; all else is memory traffic, so passes over memory are what this file saves.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
 ]
+
 
 def up_proj(
     x_TD: Tensor,
@@ -147,7 +149,10 @@ def down_proj_bwd_weight(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dW2[e] = sum over rows of dO (x) (score A), db2[e] = sum of score dO; see ``sonic.kernels.ops.down_proj_bwd_weight``."""
+    """dW2[e] = sum over rows of dO (x) (score A), db2[e] = sum of score dO.
+
+    See ``sonic.kernels.ops.down_proj_bwd_weight``.
+    """
     num_rows, width_n = scaled_a_RN.shape
     num_experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
     sums = ExpertSums(dout_TD, torch.Size((num_experts, width_d, width_n)), need_weight, need_bias)

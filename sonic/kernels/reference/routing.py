@@ -14,7 +14,10 @@ __all__ = ["build_plan", "topk_softmax"]
 def topk_softmax(
     logits_TE: Tensor, top_k: int, score_function: str, pre_softmax: bool, norm_topk_prob: bool, scaling_factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, chosen experts and the chosen probabilities before they are normalised; see ``sonic.kernels.ops.topk_softmax``."""
+    """Scores, chosen experts and the chosen probabilities before they are normalised.
+
+    See ``sonic.kernels.ops.topk_softmax``.
+    """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     chosen_TK, expert_TK = torch.topk(logits_TE, top_k, dim=-1)  # softmax and sigmoid keep the order of the logits
     if score_function == "sigmoid":
@@ -30,7 +33,10 @@ def topk_softmax(
 def build_plan(
     expert_of_slot_P: Tensor, token_of_slot_P: Tensor | None, num_tokens: int, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Offsets and index maps of the rows sorted by expert, tokens ascending within each; see ``sonic.kernels.ops.build_plan``."""
+    """Offsets and index maps of the rows sorted by expert, tokens ascending within each.
+
+    See ``sonic.kernels.ops.build_plan``.
+    """
     device = expert_of_slot_P.device
     num_slots = expert_of_slot_P.shape[0]
     expert_P = expert_of_slot_P.long()
@@ -60,10 +66,11 @@ def build_plan(
 
 
 def _counting_sort(key_P: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Positions of the keys (int64, 0 <= key < num_keys) in stable ascending order, and where each key's run starts (num_keys + 1).
+    """Positions of the int64 keys in stable ascending order, and where each key's run starts (num_keys + 1 entries).
 
-    On a CPU one counting pass per 16 bits of the largest key (NumPy sorts 16-bit keys so); elsewhere torch's stable sort, which does
-    not synchronise.
+
+    On a CPU one counting pass per 16 bits of the largest key (NumPy sorts 16-bit keys so); elsewhere torch's stable
+    sort, which does not synchronise.
     """
     if key_P.device.type != "cpu":
         sorted_P, order_P = torch.sort(key_P, stable=True)
@@ -92,7 +99,10 @@ def _refuse_duplicates(token_of_row_R: Tensor, expert_of_row_R: Tensor) -> None:
     if again_R.device.type == "cpu":
         if bool(again_R.any()):
             row = int(again_R.nonzero()[0])
-            was = f"a duplicate: token {int(token_of_row_R[row])} goes to expert {int(expert_of_row_R[row])} more than once"
+            token, expert = int(token_of_row_R[row]), int(expert_of_row_R[row])
+            was = f"a duplicate (token {token} goes to expert {expert} more than once)"
             raise argument_error("sonic.RoutingPlan", "expert_index", was, "each token at most once per expert")
     else:
-        torch._assert_async(~again_R.any(), "sonic.RoutingPlan: expert_index has a duplicate, expected each token once per expert")
+        torch._assert_async(
+            ~again_R.any(), "sonic.RoutingPlan: expert_index has a duplicate, expected each token once per expert"
+        )

@@ -1,9 +1,11 @@
 """The whole forward, and the whole backward, in one walk over the experts: what a CPU does best.
 
-A block of rows is gathered, goes through both projections, and is added to its tokens while it is in cache; backward does the same with
-dO, and contracts the block into the weight gradients on the way. A, Y, dH, s A and the rows of dX exist for one block at a time, so the
-only arrays of R rows are H (if it is kept) and dS. That saves 2 R (3 D + 3 N + U) values of memory traffic, and the page faults of fresh
-memory, which on a CPU cost more than the traffic.
+A block of rows is gathered, goes through both projections, and is added to its tokens while it is in cache; backward
+does the same with dO, and contracts the block into the weight gradients on the way. A, Y, dH, s A and the rows of dX
+exist for one block
+at a time, so the only arrays of R rows are H (if it is kept) and dS. That saves 2 R (3 D + 3 N + U) values of memory
+traffic, and the
+page faults of fresh memory, which on a CPU cost more than the traffic.
 
 Adding to tokens is deterministic: experts come in order, and no token comes twice within one.
 """
@@ -98,22 +100,20 @@ def experts_bwd(
         size = stop - start
         scores_r1 = None if row_scores_R is None else block.column(row_scores_R, start, stop)
         dout_rD = block.rows(dout_TD, token_of_row_R, start, stop, "dout")
-        x_rD = None
         if need_dw1 or h_RU is None:
             x_rD = block.rows(x_TD, token_of_row_R, start, stop, "x")
-        if h_RU is not None:
-            h_rU = block.widened("h", h_RU[start:stop])
-        else:
+        if h_RU is None:
             h_rU = torch.mm(x_rD, w1[expert].t(), out=block.buffer("h", size, width_u))
             if b1_EU is not None:
                 h_rU += b1_EU[expert]
+        else:
+            h_rU = block.widened("h", h_RU[start:stop])
         da_rN = torch.mm(dout_rD, w2[expert], out=block.buffer("da", size, width_n))
         dscores_r = dscores_R[start:stop] if need_dscores else None
         if dscores_r is not None and b2_ED is not None:
             dscores_r += torch.mv(dout_rD, b2_ED[expert].to(block.dtype))
-        a_rN = block.buffer("a", size, width_n)
-        dh_rU = block.buffer("dh", size, width_u) if need_dh else None
-        activate_bwd(activation, glu_layout, h_rU, da_rN, scores_r1, a_rN, dh_rU, dscores_r)
+        a_rN, dh_rU = block.buffer("a", size, width_n), block.buffer("dh", size, width_u)
+        activate_bwd(activation, glu_layout, h_rU, da_rN, scores_r1, a_rN, dh_rU if need_dh else None, dscores_r)
         if need_dw2:
             sums2.add_weight(expert, dout_rD.t(), a_rN)
         if need_db2:
@@ -145,7 +145,7 @@ class _TokenSums:
             self._sum_TD[start:stop] = rows_rD
             return
         if rows_rD.dtype != self._sum_TD.dtype:
-            rows_rD = self._block.buffer("sum", *rows_rD.shape, self._sum_TD.dtype).copy_(rows_rD)
+            rows_rD = self._block.buffer("sum", rows_rD.shape[0], rows_rD.shape[1], self._sum_TD.dtype).copy_(rows_rD)
         self._sum_TD.index_add_(0, self._token_of_row_R[start:stop], rows_rD)
 
     def finish(self) -> Tensor:
