@@ -24,7 +24,7 @@ _OAI_LIMIT = 7.0
 
 @dataclass(frozen=True)
 class _Activation:
-    """``value(x, out)`` of the gate (or the only) half, and ``factor(x)`` of the up half where that is not the identity."""
+    """``value`` of the gate (or only) half; ``factor`` of the up half where that is not the identity."""
 
     gated: bool
     value: Callable[[Tensor, Tensor], Tensor]

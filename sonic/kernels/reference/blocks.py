@@ -2,13 +2,15 @@
 
 16-bit dtypes: where the processor multiplies them fast, operands stay 16-bit (``torch.mm`` accumulates in float32);
 elsewhere a block and its weights are widened to float32 on the way, which is faster there and rounds less.
-:func:`compute_dtype` decides, by
-chip.
+:func:`compute_dtype` decides, by chip.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +19,16 @@ from torch import Tensor
 
 from sonic.shapes import argument_error
 
-__all__ = ["Block", "ExpertSums", "compute_dtype"]
+__all__ = ["Block", "ExpertSums", "compute_dtype", "empty"]
 
-_BLOCK_BYTES = (
-    16 << 20
-)  # working set of a block of rows: larger blocks make better matrix multiplies, until scratch memory gets large
-_MIN_BLOCK_ROWS = 256  # fewer rows than this make a matrix multiply wait for its weights
-_MAX_16BIT_CONTRACTION_ROWS = 8192  # 16-bit products are rounded per block, so blocks that are summed are few and large
+# Working set of a block of rows. Larger blocks make better matrix multiplies; beyond this nothing was gained.
+_BLOCK_BYTES = 16 << 20
+# Fewer rows than this make a matrix multiply wait for its weights.
+_MIN_BLOCK_ROWS = 256
+# 16-bit products are rounded once per block, so blocks that are summed over an expert are few and large.
+_MAX_16BIT_CONTRACTION_ROWS = 8192
+# From here on the C library takes fresh pages from the kernel for every allocation.
+_FRESH_BYTES = 32 << 20
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -36,7 +41,6 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 @functools.cache  # the processor does not change under a process
 def _fast_16bit_dtypes() -> frozenset[torch.dtype]:
     """The 16-bit dtypes that this CPU multiplies faster than float32, from what Linux says of it.
-
 
     AMX is fast, and so is AMD's AVX512-BF16 (4 times float32); Intel's AVX512-BF16 without AMX does half of what its
     float32 units do. Where Linux says nothing, 16 bits are taken to be fast.
@@ -52,6 +56,21 @@ def _fast_16bit_dtypes() -> frozenset[torch.dtype]:
     if flags & {"amx_fp16", "asimdhp"}:
         fast.add(torch.float16)
     return frozenset(fast)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """``like.new_empty(shape)``, asking the kernel for huge pages where it is large, on a Linux CPU.
+
+    First touch of fresh 4 KiB pages made the matrix multiplies of a weight gradient 49% (32 MiB) and 22% (96 MiB)
+    slower, of huge pages 34% and 9% (medians of 25 on a virtual machine). Only a hint: it changes no result.
+    """
+    tensor = like.new_empty(shape)
+    size = tensor.numel() * tensor.itemsize
+    if size >= _FRESH_BYTES and tensor.device.type == "cpu" and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 class Block:
@@ -168,7 +187,7 @@ class ExpertSums:
         Of what is not needed, an empty tensor comes out.
         """
         num_experts, width_a, width_b = shape
-        self._dw_Eab = like.new_empty(num_experts if need_weight else 0, width_a, width_b)
+        self._dw_Eab = empty(like, num_experts if need_weight else 0, width_a, width_b)
         sum_dtype = torch.promote_types(like.dtype, torch.float32)
         self._db_Ea = like.new_zeros(num_experts if need_bias else 0, width_a, dtype=sum_dtype)
         in_place = not need_weight or like.dtype == sum_dtype
