@@ -8,13 +8,15 @@ tensor                shape              bytes in bf16                          
 X                     (T, D)             2 T D                                                always (the caller's)
 H, before activation  (R, U)             2 R U: 4 T K N with top-K and a gated activation     ``save="preactivation"``
 scores                of the caller      4 R (float32)                                        always (the caller's)
-the plan              int32 arrays       12 R + 4 (E + 1) + 4 (T + 1)                         always (the plan's)
+slots of the rows     (R,) int32         4 R                                                  always (the plan's)
+expert offsets        (E + 1,) int32     4 (E + 1)                                            always (the plan's)
+tokens of the rows    (R,) int32         4 R                                                  plans from pairs only
 weights, biases       parameters         none of their own                                    always
 ====================  =================  ===================================================  =======================
 
-Nothing else: no gathered copy of X or dO, no A, no Y, no table over (T, E). At fixed K * N the sum does not depend on
-how fine the experts are. ``save="input"`` drops H and computes it again: 2 T D bytes for 4 R D N FLOP more (+22% of the
-18 R D N of a gated layer).
+Nothing else: no gathered copy of X or dO, no A, no Y, no table over (T, E); the plan's other maps follow from these. At
+fixed K * N the large terms do not depend on how fine the experts are. ``save="input"`` drops H and computes it again:
+4 R D N FLOP more (+22% of the 18 R D N of a gated layer).
 
 Backward (SonicMoE, arXiv:2512.14080, algorithms 3 and 5), as the ops of :mod:`sonic.kernels.ops`::
 
@@ -110,6 +112,7 @@ def moe_mlp(
         plan.slot_of_row_R,
         plan.row_by_token_R,
         plan.token_offset_T1,
+        plan.top_k,
         activation,
         glu_layout,
         save,
@@ -179,6 +182,7 @@ def expert_mlp(
         None,
         None,
         None,
+        None,
         activation,
         glu_layout,
         save,
@@ -207,6 +211,7 @@ class _Experts(torch.autograd.Function):
         slot_of_row_R: Tensor | None,
         row_by_token_R: Tensor | None,
         token_offset_T1: Tensor | None,
+        top_k: int | None,
         activation: str,
         glu_layout: str,
         save: str,
@@ -231,6 +236,7 @@ class _Experts(torch.autograd.Function):
             backend,
         )
         ctx.options = (activation, glu_layout, backend)
+        ctx.top_k = top_k
         ctx.where = "sonic.expert_mlp" if token_of_row_R is None else "sonic.moe_mlp"
         ctx.save_for_backward(
             x_TD,
@@ -241,10 +247,8 @@ class _Experts(torch.autograd.Function):
             b2_ED,
             scores,
             expert_offset_E1,
-            token_of_row_R,
             slot_of_row_R,
-            row_by_token_R,
-            token_offset_T1,
+            token_of_row_R if top_k is None else None,
         )
         return out
 
@@ -259,14 +263,14 @@ class _Experts(torch.autograd.Function):
             b2_ED,
             scores,
             expert_offset_E1,
-            token_of_row_R,
             slot_of_row_R,
-            row_by_token_R,
-            token_offset_T1,
+            token_of_row_R,
         ) = ctx.saved_tensors
         activation, glu_layout, backend = ctx.options
         need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores = ctx.needs_input_grad[:6]
         with torch.no_grad():
+            if ctx.top_k is not None:
+                token_of_row_R = slot_of_row_R // ctx.top_k
             dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R = ops.experts_bwd(
                 dout_TD.contiguous(),
                 x_TD,
@@ -278,8 +282,6 @@ class _Experts(torch.autograd.Function):
                 _row_scores(scores, slot_of_row_R),
                 expert_offset_E1,
                 token_of_row_R,
-                row_by_token_R,
-                token_offset_T1,
                 activation,
                 glu_layout,
                 need_dx,
@@ -299,8 +301,8 @@ class _Experts(torch.autograd.Function):
                 _slot_gradient(dscores_R, scores, slot_of_row_R) if need_dscores else None,
             )
         grads = refuse_double_backward(ctx.where, grads, (dout_TD, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, scores))
-        # expert_offset, token_of_row, slot_of_row, row_by_token, token_offset, activation, glu_layout, save, backend
-        return (*grads, None, None, None, None, None, None, None, None, None)
+        # the five maps, then top_k, activation, glu_layout, save, backend
+        return (*grads, None, None, None, None, None, None, None, None, None, None)
 
 
 def _row_scores(scores: Tensor | None, slot_of_row_R: Tensor | None) -> Tensor | None:

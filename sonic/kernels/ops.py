@@ -548,8 +548,6 @@ def experts_bwd(
     row_scores_R: Optional[Tensor],
     expert_offset_E1: Tensor,
     token_of_row_R: Optional[Tensor],
-    row_by_token_R: Optional[Tensor],
-    token_offset_T1: Optional[Tensor],
     activation: str,
     glu_layout: str,
     need_dx: bool = True,
@@ -566,8 +564,8 @@ def experts_bwd(
         dout_TD: gradient of :func:`experts`' output.
         h_RU: what :func:`experts` returned; None: computed again from X, 2 R D U FLOP.
         need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores: which gradients to compute.
-        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, row_by_token_R,
-            token_offset_T1, activation, glu_layout, backend: as in :func:`experts`.
+        x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout,
+            backend: as in :func:`experts`.
 
     Returns:
         dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R: empty in the first dimension where it was not needed; dS per
@@ -637,7 +635,7 @@ def experts_bwd(
         dx_TD = up_proj_bwd_input(dh_RU, w1_EUD, expert_offset_E1, backend)
         del dh_RU
         if token_of_row_R is not None:
-            dx_TD = combine(dx_TD, None, row_by_token_R, token_offset_T1, backend)
+            dx_TD = combine(dx_TD, None, *_rows_by_token(token_of_row_R, x_TD.shape[0]), backend)
     return dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R
 
 
@@ -653,8 +651,6 @@ def _(
     row_scores_R,
     expert_offset_E1,
     token_of_row_R,
-    row_by_token_R,
-    token_offset_T1,
     activation,
     glu_layout,
     need_dx=True,
@@ -784,6 +780,13 @@ def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, backend=None):
 
     slots = expert_of_slot_P.shape[0]
     return index(num_experts + 1), index(slots), index(slots), index(slots), index(num_tokens + 1)
+
+
+def _rows_by_token(token_of_row_R, num_tokens):
+    """``row_by_token_R`` and ``token_offset_T1`` from ``token_of_row_R``, without a synchronisation."""
+    token_R, row_by_token_R = torch.sort(token_of_row_R, stable=True)
+    edges = torch.arange(num_tokens + 1, dtype=torch.int32, device=token_R.device)
+    return row_by_token_R.to(torch.int32), torch.searchsorted(token_R, edges, out_int32=True)
 
 
 def _rows(x_TD, token_of_row_R):

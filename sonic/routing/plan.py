@@ -31,7 +31,7 @@ class RoutingPlan:
         row_by_token_R: int32; the rows listed token by token.
         token_offset_T1: int32; those of token t are ``[token_offset_T1[t] : token_offset_T1[t + 1]]``.
 
-    Its integers take ``12 R + 4 (E + 1) + 4 (T + 1)`` bytes, all of which backward keeps.
+    Its integers take ``12 R + 4 (E + 1) + 4 (T + 1)`` bytes; :mod:`sonic.functional` says which of them backward keeps.
     """
 
     def __init__(
@@ -106,6 +106,11 @@ class RoutingPlan:
         check_same(where, ("token_index", token_index), (("expert_index", expert_index),), dtype=False)
         arrays = ops.build_plan(expert_index, token_index, num_tokens, num_experts, backend)
         return cls(num_tokens, num_experts, (token_index.shape[0],), *arrays)
+
+    @property
+    def top_k(self) -> int | None:
+        """K, if every token has K slots in a row, as from top-K; None for a plan from pairs."""
+        return self.scores_shape[1] if len(self.scores_shape) == 2 else None
 
     @property
     def num_rows(self) -> int:

@@ -86,7 +86,7 @@ def _counting_sort(key_P: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
 
 def _refuse_out_of_range(name: str, index_P: Tensor, size: int) -> None:
     inside_P = (index_P >= 0) & (index_P < size)
-    if index_P.device.type == "cpu":
+    if index_P.device.type != "cuda":
         if not bool(inside_P.all()):
             wrong = index_P[~inside_P][0].item()
             raise argument_error("sonic.RoutingPlan", name, f"out of range ({wrong})", f"0 <= {name} < {size}")
@@ -96,7 +96,7 @@ def _refuse_out_of_range(name: str, index_P: Tensor, size: int) -> None:
 
 def _refuse_duplicates(token_of_row_R: Tensor, expert_of_row_R: Tensor) -> None:
     again_R = (token_of_row_R[1:] == token_of_row_R[:-1]) & (expert_of_row_R[1:] == expert_of_row_R[:-1])
-    if again_R.device.type == "cpu":
+    if again_R.device.type != "cuda":
         if bool(again_R.any()):
             row = int(again_R.nonzero()[0])
             token, expert = int(token_of_row_R[row]), int(expert_of_row_R[row])
