@@ -72,10 +72,9 @@ class RoutingPlan:
         check_integer(where, "expert_index", expert_index)
         check_shape(where, "expert_index", expert_index, T=None, K=None)
         num_tokens, top_k = expert_index.shape
-        if top_k > num_experts:
-            raise argument_error(
-                where, "expert_index", tuple(expert_index.shape), f"(T, K) with K at most num_experts = {num_experts}"
-            )
+        if not 1 <= top_k <= num_experts:
+            wanted = f"(T, K) with K from 1 to num_experts = {num_experts}"
+            raise argument_error(where, "expert_index", tuple(expert_index.shape), wanted)
         arrays = ops.build_plan(expert_index.reshape(-1), None, num_tokens, num_experts, backend)
         return cls(num_tokens, num_experts, (num_tokens, top_k), *arrays)
 
