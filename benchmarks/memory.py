@@ -1,0 +1,224 @@
+"""Bytes that the routed experts keep for backward, and their peak: ``python -m benchmarks.memory``.
+
+"saved" is what autograd keeps between forward and backward, counted with saved-tensor hooks: every storage once, the
+tokens included, the expert weights not (they are parameters). For ``sonic.moe_mlp`` with SwiGLU it is the documented
+sum, with s bytes per value::
+
+    X: s T D   +   H: s T K 2N   +   scores: 4 T K   +   integers of the plan: 4 T K + 4 (E + 1)
+
+Each layer is measured again with experts half and a quarter as wide and twice and four times as many of them chosen (K
+N unchanged): X and H stay as they are to the byte, scores and integers grow with K.
+
+"held" is the memory that torch's allocator gave out during forward and that is still there after it, without the
+output: it confirms "saved" by another way (it has no X and no scores, which were there before; what a rival keeps out
+of autograd's sight it has). "peak" is the highest moment of forward + backward above what was there before, without the
+gradients of the weights, which all contenders return alike.
+
+``--json`` writes::
+
+    {"benchmark": "memory", "command": str, "machine": {...}, "missing": {rival: why},
+     "cells": [{"shape": {"T", "D", "N", "E", "K"}, "dtype": str, "missing": {rival: why},
+                "formula_bytes": int, "x_and_h_bytes": int,
+                "contenders": {name: {"saved_bytes": int, "tensors": [{"shape", "dtype", "bytes"}],
+                                      "held_bytes": int, "peak_bytes": int | null}},
+                "best_rival": name, "ratio_to_best_rival": float, "change_from_first": float,
+                "targets": {"equals_formula": {"value", "target", "passed"},
+                            "ratio_to_best_rival": {...}, "same_for_finer_experts": {...}}}]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure, rivals
+from benchmarks.cpu_moe import DTYPES, Problem, Shape, make_problem, sonic_moe
+from benchmarks.report import Section, new_report, target, write_files
+
+__all__ = ["SHAPES", "formula_bytes", "main", "measure_cell"]
+
+SHAPES = (Shape(4096, 1536, 256, 128, 8),)
+QUICK_SHAPES = (Shape(64, 32, 32, 8, 2),)
+TARGET_OF_BEST_RIVAL = 0.40
+TARGET_CHANGE = 0.01
+_MIB = 2**20
+# Their backward writes a gradient of the size of all experts for each expert: minutes on a large layer, to learn what
+# is known.
+_NO_PEAK = ("hf_eager",)
+
+
+def formula_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes that ``sonic.moe_mlp`` promises to keep: gated activation, ``save="preactivation"``, fp32 scores."""
+    T, _, _, E, K = dataclasses.astuple(shape)
+    return x_and_h_bytes(shape, dtype) + 4 * T * K + 4 * T * K + 4 * (E + 1)
+
+
+def x_and_h_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """The bulk of :func:`formula_bytes`: tokens, and rows before the activation; 2 T D + 4 T K N in 16 bits."""
+    return dtype.itemsize * (shape.T * shape.D + shape.T * shape.K * 2 * shape.N)
+
+
+def finer(shape: Shape, factor: int) -> Shape:
+    """The layer with experts ``factor`` times narrower and as many times more chosen; E grows only if K would pass it.
+
+    Raises:
+        ValueError: ``factor`` does not divide N.
+    """
+    if shape.N % factor:
+        raise ValueError(f"benchmarks.memory.finer: factor is {factor}, expected a divisor of N = {shape.N}")
+    return dataclasses.replace(shape, N=shape.N // factor, K=shape.K * factor, E=max(shape.E, shape.K * factor))
+
+
+def measure_cell(
+    shape: Shape, dtype_name: str, contenders: Mapping[str, rivals.Rival], *, peak: bool = True
+) -> dict[str, Any]:
+    """Count the bytes of all contenders on one shape; return a cell as in the JSON, without its targets."""
+    dtype = DTYPES[dtype_name]
+    refused = {name: why for name in contenders if (why := rivals.refusal(name, shape.D, shape.N, dtype)) is not None}
+    contenders = {name: fn for name, fn in contenders.items() if name not in refused}
+    problem = make_problem(shape, dtype)
+    report: dict[str, Any] = {}
+    out_bytes = shape.T * shape.D * dtype.itemsize
+    for name, fn in contenders.items():
+        forward = _forward(fn, problem)
+        saved = measure.saved_bytes(forward, exclude=(problem.w1_EUD, problem.w2_EDN))
+        report[name] = {
+            "saved_bytes": saved.total,
+            "tensors": [dataclasses.asdict(tensor) for tensor in saved.tensors],
+            "held_bytes": measure.allocations(forward).held - out_bytes,
+            "peak_bytes": _peak(forward, problem) if peak and name not in _NO_PEAK else None,
+        }
+    peers = [name for name in contenders if name != "sonic"]
+    best = min(peers, key=lambda name: report[name]["saved_bytes"]) if peers else None
+    return {
+        "shape": dataclasses.asdict(shape),
+        "dtype": dtype_name,
+        "missing": refused,
+        "formula_bytes": formula_bytes(shape, dtype),
+        "x_and_h_bytes": _x_and_h_saved(report["sonic"]["tensors"], shape, dtype_name) if "sonic" in report else None,
+        "contenders": report,
+        "best_rival": best,
+        "ratio_to_best_rival": report["sonic"]["saved_bytes"] / report[best]["saved_bytes"]
+        if best and "sonic" in report
+        else None,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark from the command line; returns 1 if a promise about bytes is broken."""
+    arguments = _parser().parse_args(argv)
+    contenders: dict[str, rivals.Rival] = {"sonic": sonic_moe, **rivals.RIVALS}
+    missing = {}
+    why = rivals.hf_grouped_mm_missing()
+    if why is not None:
+        missing["hf_grouped_mm"] = why
+        del contenders["hf_grouped_mm"]
+    report = new_report("memory", sys.argv[1:] if argv is None else argv, missing)
+    sections = []
+    for shape in arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES):
+        first: int | None = None
+        for factor in (1, 2, 4):
+            # The rivals' bytes at finer experts only grow; their peak is shown once.
+            cell = measure_cell(
+                finer(shape, factor), arguments.dtype, contenders, peak=factor == 1 and not arguments.no_peak
+            )
+            ours = cell["x_and_h_bytes"]
+            first = ours if first is None else first
+            cell["change_from_first"] = ours / first - 1
+            cell["targets"] = _targets(cell)
+            report["cells"].append(cell)
+            sections.append(_section(cell))
+            print("\n" + sections[-1].text(), flush=True)
+    preface = "saved: kept by autograd, with the tokens, without the weights; held: the same as the allocator sees it."
+    write_files(report, "Bytes kept for backward", preface, sections, json_path=arguments.json, save=arguments.save)
+    missed = [
+        f"{name} at {_title(cell)}"
+        for cell in report["cells"]
+        for name, goal in cell["targets"].items()
+        if not goal["passed"]
+    ]
+    if missed and not arguments.quick:  # a tiny layer is to a good part integers
+        print("missed: " + "; ".join(missed))
+        return 1
+    return 0
+
+
+def _forward(fn: rivals.Rival, problem: Problem) -> Callable[[], Tensor]:
+    return lambda: fn(problem.x_TD, problem.w1_EUD, problem.w2_EDN, problem.scores_TK, problem.expert_TK)
+
+
+def _peak(forward: Callable[[], Tensor], problem: Problem) -> int:
+    """Peak bytes of a step above its start, without the weight gradients; warmed up by the forward passes before."""
+    for leaf in problem.leaves().values():
+        leaf.grad = None
+    peak = measure.allocations(lambda: forward().backward(problem.dout_TD)).peak
+    for leaf in problem.leaves().values():
+        leaf.grad = None
+    return peak - sum(weight.numel() * weight.element_size() for weight in (problem.w1_EUD, problem.w2_EDN))
+
+
+def _x_and_h_saved(tensors: Sequence[Mapping[str, Any]], shape: Shape, dtype_name: str) -> int:
+    """Bytes of the saved matrices: all that is not integers and not the (T, K) scores."""
+    name = str(DTYPES[dtype_name]).removeprefix("torch.")
+    return sum(t["bytes"] for t in tensors if t["dtype"] == name and tuple(t["shape"]) != (shape.T, shape.K))
+
+
+def _targets(cell: Mapping[str, Any]) -> dict[str, Any]:
+    ours, formula = cell["contenders"]["sonic"]["saved_bytes"], cell["formula_bytes"]
+    share, change = cell["ratio_to_best_rival"], cell["change_from_first"]
+    targets = {"equals_formula": target(ours, formula, ours == formula)}
+    if share is not None:
+        targets["ratio_to_best_rival"] = target(share, TARGET_OF_BEST_RIVAL, share <= TARGET_OF_BEST_RIVAL)
+    targets["same_for_finer_experts"] = target(change, TARGET_CHANGE, abs(change) <= TARGET_CHANGE)
+    return targets
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "--shapes", nargs="+", type=Shape.parse, metavar="T,D,N,E,K", help=f"default: {' '.join(map(str, SHAPES))}"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--no-peak", action="store_true", help="no backward: only what is saved")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
+    parser.add_argument(
+        "--save", action="store_true", help="write the report as JSON and Markdown to benchmarks/results/"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny layer: only to see that it runs")
+    return parser
+
+
+def _section(cell: Mapping[str, Any]) -> Section:
+    head = ["", "saved MiB", "sonic / it", "held MiB", "peak MiB", "largest saved"]
+    rows = []
+    ours = cell["contenders"]["sonic"]["saved_bytes"]
+    for name, entry in sorted(cell["contenders"].items(), key=lambda pair: pair[1]["saved_bytes"]):
+        row = [name + (" (best rival)" if name == cell["best_rival"] else "")]
+        row += [f"{entry['saved_bytes'] / _MIB:.1f}", f"{ours / entry['saved_bytes']:.2f}"]
+        row += ["" if size is None else f"{size / _MIB:.1f}" for size in (entry["held_bytes"], entry["peak_bytes"])]
+        row.append(", ".join("x".join(map(str, tensor["shape"])) for tensor in entry["tensors"][:4]))
+        rows.append(row)
+    words = {
+        "equals_formula": "sonic keeps {value} bytes, promised {target}",
+        "ratio_to_best_rival": "share of the best rival: {value:.3f}, target at most {target:.2f}",
+        "same_for_finer_experts": "X and H against the coarsest experts: {value:+.2%}, target within {target:.0%}",
+    }
+    notes = [f"not measured: {name}: {why}" for name, why in cell["missing"].items()]
+    for name, goal in cell["targets"].items():
+        notes.append(words[name].format(**goal) + (": pass" if goal["passed"] else ": MISSED"))
+    return Section(_title(cell), head, rows, notes)
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    return f"{cell['dtype']} " + " ".join(f"{letter}={size}" for letter, size in cell["shape"].items())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
