@@ -20,7 +20,7 @@ gradients of the weights, which all contenders return alike.
      "cells": [{"shape": {"T", "D", "N", "E", "K"}, "dtype": str, "missing": {rival: why},
                 "formula_bytes": int, "x_and_h_bytes": int,
                 "contenders": {name: {"saved_bytes": int, "tensors": [{"shape", "dtype", "bytes"}],
-                                      "held_bytes": int, "peak_bytes": int | null}},
+                                      "held_bytes": int | null, "peak_bytes": int | null}},
                 "best_rival": name, "ratio_to_best_rival": float, "change_from_first": float,
                 "targets": {"equals_formula": {"value", "target", "passed"},
                             "ratio_to_best_rival": {...}, "same_for_finer_experts": {...}}}]}
@@ -77,9 +77,16 @@ def finer(shape: Shape, factor: int) -> Shape:
 
 
 def measure_cell(
-    shape: Shape, dtype_name: str, contenders: Mapping[str, rivals.Rival], *, peak: bool = True
+    shape: Shape, dtype_name: str, contenders: Mapping[str, rivals.Rival], *, thorough: bool = True
 ) -> dict[str, Any]:
-    """Count the bytes of all contenders on one shape; return a cell as in the JSON, without its targets."""
+    """Count the bytes of all contenders on one shape; return a cell as in the JSON, without its targets.
+
+    Args:
+        shape: sizes of the layer.
+        dtype_name: a key of ``DTYPES``.
+        contenders: by name; ``"sonic"`` is set against all others.
+        thorough: also run forward and backward under the profiler, for ``held_bytes`` and ``peak_bytes``.
+    """
     dtype = DTYPES[dtype_name]
     refused = {name: why for name in contenders if (why := rivals.refusal(name, shape.D, shape.N, dtype)) is not None}
     contenders = {name: fn for name, fn in contenders.items() if name not in refused}
@@ -92,8 +99,8 @@ def measure_cell(
         report[name] = {
             "saved_bytes": saved.total,
             "tensors": [dataclasses.asdict(tensor) for tensor in saved.tensors],
-            "held_bytes": measure.allocations(forward).held - out_bytes,
-            "peak_bytes": _peak(forward, problem) if peak and name not in _NO_PEAK else None,
+            "held_bytes": measure.allocations(forward).held - out_bytes if thorough else None,
+            "peak_bytes": _peak(forward, problem) if thorough and name not in _NO_PEAK else None,
         }
     peers = [name for name in contenders if name != "sonic"]
     best = min(peers, key=lambda name: report[name]["saved_bytes"]) if peers else None
@@ -114,6 +121,8 @@ def measure_cell(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns 1 if a promise about bytes is broken."""
     arguments = _parser().parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     contenders: dict[str, rivals.Rival] = {"sonic": sonic_moe, **rivals.RIVALS}
     missing = {}
     why = rivals.hf_grouped_mm_missing()
@@ -125,10 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shape in arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES):
         first: int | None = None
         for factor in (1, 2, 4):
-            # The rivals' bytes at finer experts only grow; their peak is shown once.
-            cell = measure_cell(
-                finer(shape, factor), arguments.dtype, contenders, peak=factor == 1 and not arguments.no_peak
-            )
+            # The rivals' bytes at finer experts only grow: what takes long is shown once.
+            thorough = factor == 1 and not arguments.no_peak
+            cell = measure_cell(finer(shape, factor), arguments.dtype, contenders, thorough=thorough)
             ours = cell["x_and_h_bytes"]
             first = ours if first is None else first
             cell["change_from_first"] = ours / first - 1
@@ -186,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", nargs="+", type=Shape.parse, metavar="T,D,N,E,K", help=f"default: {' '.join(map(str, SHAPES))}"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--no-peak", action="store_true", help="no backward: only what is saved")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: as torch chooses")
+    parser.add_argument("--no-peak", action="store_true", help="only what is saved: neither held nor peak bytes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
     parser.add_argument(
         "--save", action="store_true", help="write the report as JSON and Markdown to benchmarks/results/"

@@ -12,10 +12,10 @@ and has one signature, ``rival(x_TD, w1_EUD, w2_EDN, scores_TK, expert_TK) -> ou
 * ``scores_TK``  router scores, (T, K), fp32 or the dtype of ``x_TD``;
 * ``expert_TK``  chosen experts, (T, K), int64, each in [0, E), no expert twice in a row.
 
-All are ordinary autograd code, differentiable to x, w1, w2 and scores, and all sort inside the call: routing changes at
-every step. Among equivalent forms the fastest one found on a CPU is kept (``F.embedding`` gathers and
-``F.embedding_bag`` sums faster than fancy indexing and ``index_add``, above all in backward), because beating a straw
-man proves nothing.
+All are ordinary autograd code, differentiable to x, w1, w2 and scores. All sort inside the call: routing changes at
+every step. Of equivalent forms the one that was fastest on a CPU is kept, and among equally fast ones the one that saves
+less for backward (``F.embedding_bag`` to gather and sum beats ``index_add``, above all in backward): beating a straw man
+proves nothing.
 """
 
 from __future__ import annotations
@@ -60,29 +60,32 @@ def eager_unbind(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor
 def grouped_mm(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, expert_TK: Tensor) -> Tensor:
     """Sort, gather, ``torch.nn.functional.grouped_mm`` twice, then gather back and sum over K.
 
+    The scores multiply the activations, which are narrower than the outputs: as fast, and the outputs need not be kept.
+
     Limits of ``grouped_mm``: rows of all matrices must be multiples of 16 bytes (D, N and 2N: 4 elements in fp32, 8 in
     bf16), no float64 on a CPU, and the gradient that reaches it must be dense, which ``embedding_bag`` ensures.
     """
     order = _sort_by_expert(expert_TK, w1_EUD.shape[0])
     offset_E = order.count_E.cumsum(0).to(torch.int32)
-    rows_RD = F.embedding(order.token_R, x_TD)
+    rows_RD = x_TD.index_select(0, order.token_R)
     gate_RN, up_RN = F.grouped_mm(rows_RD, w1_EUD.transpose(-2, -1), offs=offset_E).chunk(2, dim=-1)
-    a_RN = F.silu(gate_RN) * up_RN
+    score_R1 = scores_TK.reshape(-1, 1).index_select(0, order.slot_R).to(x_TD.dtype)
+    a_RN = F.silu(gate_RN) * up_RN * score_R1
     y_RD = F.grouped_mm(a_RN, w2_EDN.transpose(-2, -1), offs=offset_E)
-    return _weighted_sum(y_RD, order.row_TK, scores_TK)
+    return F.embedding_bag(order.row_TK, y_RD, mode="sum")
 
 
 def sorted_mm(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, expert_TK: Tensor) -> Tensor:
     """Sort and gather once, one small MLP per expert on its contiguous rows, then gather back and sum over K."""
     order = _sort_by_expert(expert_TK, w1_EUD.shape[0])
-    rows_RD = F.embedding(order.token_R, x_TD)
+    counts = order.count_E.tolist()
+    rows = x_TD.index_select(0, order.token_R).split(counts)
+    scores = scores_TK.reshape(-1, 1).index_select(0, order.slot_R).to(x_TD.dtype).split(counts)
     y_parts = []
-    for rows_MD, w1_UD, w2_DN in zip(
-        rows_RD.split(order.count_E.tolist()), w1_EUD.unbind(0), w2_EDN.unbind(0), strict=True
-    ):
+    for rows_MD, score_M1, w1_UD, w2_DN in zip(rows, scores, w1_EUD.unbind(0), w2_EDN.unbind(0), strict=True):
         gate_MN, up_MN = (rows_MD @ w1_UD.t()).chunk(2, dim=-1)
-        y_parts.append((F.silu(gate_MN) * up_MN) @ w2_DN.t())
-    return _weighted_sum(torch.cat(y_parts), order.row_TK, scores_TK)
+        y_parts.append((F.silu(gate_MN) * up_MN * score_M1) @ w2_DN.t())
+    return F.embedding_bag(order.row_TK, torch.cat(y_parts), mode="sum")
 
 
 def bmm_pad(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, expert_TK: Tensor) -> Tensor:
@@ -96,10 +99,11 @@ def bmm_pad(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, exp
         order.count_E
     )
     token_of_place = torch.zeros(E * capacity, dtype=torch.int64).index_copy_(0, place_R, order.token_R)
-    x_ECD = F.embedding(token_of_place, x_TD).view(E, capacity, D)
+    x_ECD = x_TD.index_select(0, token_of_place).view(E, capacity, D)
     gate_ECN, up_ECN = torch.bmm(x_ECD, w1_EUD.transpose(1, 2)).chunk(2, dim=-1)
     y_ECD = torch.bmm(F.silu(gate_ECN) * up_ECN, w2_EDN.transpose(1, 2))
-    return _weighted_sum(y_ECD.view(E * capacity, D), place_R[order.row_TK], scores_TK)
+    y_PD, place_TK = y_ECD.view(E * capacity, D), place_R[order.row_TK]
+    return F.embedding_bag(place_TK, y_PD, mode="sum", per_sample_weights=scores_TK.to(y_PD.dtype))
 
 
 def hf_grouped_mm(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, expert_TK: Tensor) -> Tensor:
@@ -191,17 +195,14 @@ def _expert_loop(
 
 
 def _sort_by_expert(expert_TK: Tensor, num_experts: int) -> SimpleNamespace:
-    """Return ``token_R`` (token of each row in expert order), ``row_TK`` (row of each slot) and ``count_E`` (rows per
-    expert), all int64.
+    """Rows in the order of the experts, all int64: ``slot_R`` and ``token_R`` of each row, ``row_TK`` of each slot, and
+    ``count_E`` rows per expert.
     """
     expert_P = expert_TK.reshape(-1)
     slot_R = expert_P.sort(stable=True).indices
     row_P = torch.empty_like(slot_R)
     row_P[slot_R] = torch.arange(slot_R.numel())
     count_E = torch.bincount(expert_P, minlength=num_experts)
-    return SimpleNamespace(token_R=slot_R // expert_TK.shape[1], row_TK=row_P.view_as(expert_TK), count_E=count_E)
-
-
-def _weighted_sum(y_RD: Tensor, row_TK: Tensor, scores_TK: Tensor) -> Tensor:
-    """Gather the rows of each token and sum them with its scores, in one pass."""
-    return F.embedding_bag(row_TK, y_RD, mode="sum", per_sample_weights=scores_TK.to(y_RD.dtype))
+    return SimpleNamespace(
+        slot_R=slot_R, token_R=slot_R // expert_TK.shape[1], row_TK=row_P.view_as(expert_TK), count_E=count_E
+    )

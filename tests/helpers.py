@@ -260,16 +260,17 @@ def dense_loop(
 ) -> Tensor:
     """``O_t = sum over k of s_tk (W2[e] act(W1[e] x_t + b1[e]) + b2[e])`` with e the k-th expert of t, nothing else."""
     outputs = []
-    for t, experts in enumerate(expert_index.tolist()):
-        total = torch.zeros_like(x[t])
-        for k, e in enumerate(experts):
-            h = w1[e] @ x[t]
+    up, down = w1.unbind(), w2.unbind()  # once: each w1[e] would cost a gradient of the size of all experts
+    for x_D, scores_K, experts in zip(x.unbind(), scores.unbind(), expert_index.tolist(), strict=True):
+        total = torch.zeros_like(x_D)
+        for s, e in zip(scores_K.unbind(), experts, strict=True):
+            h = up[e] @ x_D
             if b1 is not None:
                 h = h + b1[e]
-            y = w2[e] @ formula(activation, glu_layout, h)
+            y = down[e] @ formula(activation, glu_layout, h)
             if b2 is not None:
                 y = y + b2[e]
-            total = total + scores[t, k] * y
+            total = total + s * y
         outputs.append(total)
     return torch.stack(outputs) if outputs else x * 0
 

@@ -35,74 +35,100 @@ def build_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Offsets and index maps of the rows sorted by expert, tokens ascending within each.
 
-    See ``sonic.kernels.ops.build_plan``.
+    See ``sonic.kernels.ops.build_plan``. On a CPU in NumPy, whose calls cost a tenth of torch's on so few integers.
     """
-    device = expert_of_slot_P.device
+    if expert_of_slot_P.device.type != "cpu":
+        return _build_plan_on_device(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
     num_slots = expert_of_slot_P.shape[0]
-    expert_P = expert_of_slot_P.long()
+    expert_P = expert_of_slot_P.numpy()
     _refuse_out_of_range("expert_index", expert_P, num_experts)
     if token_of_slot_P is None:
-        token_P = torch.arange(num_slots, device=device) // (num_slots // num_tokens if num_tokens else 1)
-        row_of_visit, expert_offset_E1 = _counting_sort(expert_P, num_experts)
-        slot_of_row_R = row_of_visit
-        token_offset_T1 = torch.arange(num_tokens + 1, device=device) * (num_slots // num_tokens if num_tokens else 0)
+        top_k = num_slots // num_tokens if num_tokens else 0
+        slot_of_row_R, expert_offset_E1 = _counting_sort(expert_P, num_experts)
+        row_of_visit_R = slot_of_row_R  # slots already come token by token
+        token_of_row_R = slot_of_row_R // max(top_k, 1)
+        token_offset_T1 = np.arange(num_tokens + 1) * top_k
     else:
-        token_P = token_of_slot_P.long()
+        token_P = token_of_slot_P.numpy()
         _refuse_out_of_range("token_index", token_P, num_tokens)
         slot_by_token_P, token_offset_T1 = _counting_sort(token_P, num_tokens)
-        row_of_visit, expert_offset_E1 = _counting_sort(expert_P[slot_by_token_P], num_experts)
-        slot_of_row_R = slot_by_token_P[row_of_visit]
-    token_of_row_R = token_P[slot_of_row_R]
-    _refuse_duplicates(token_of_row_R, expert_P[slot_of_row_R])
-    row_by_token_R = torch.empty_like(row_of_visit)
-    row_by_token_R[row_of_visit] = torch.arange(num_slots, device=device)
-    return (
-        expert_offset_E1.to(torch.int32),
-        token_of_row_R.to(torch.int32),
-        slot_of_row_R.to(torch.int32),
-        row_by_token_R.to(torch.int32),
-        token_offset_T1.to(torch.int32),
-    )
+        row_of_visit_R, expert_offset_E1 = _counting_sort(expert_P[slot_by_token_P], num_experts)
+        slot_of_row_R = slot_by_token_P[row_of_visit_R]
+        token_of_row_R = token_P[slot_of_row_R]
+    expert_of_row_R = expert_P[slot_of_row_R]
+    again = (token_of_row_R[1:] == token_of_row_R[:-1]) & (expert_of_row_R[1:] == expert_of_row_R[:-1])
+    if again.any():
+        row = int(again.argmax())
+        was = f"a duplicate (token {token_of_row_R[row]} goes to expert {expert_of_row_R[row]} more than once)"
+        raise argument_error("sonic.RoutingPlan", "expert_index", was, "each token at most once per expert")
+    row_by_token_R = np.empty(num_slots, dtype=np.int32)
+    row_by_token_R[row_of_visit_R] = np.arange(num_slots, dtype=np.int32)
+    arrays = (expert_offset_E1, token_of_row_R, slot_of_row_R, row_by_token_R, token_offset_T1)
+    offset, token, slot, by_token, token_offset = (torch.from_numpy(array.astype(np.int32)) for array in arrays)
+    return offset, token, slot, by_token, token_offset
 
 
-def _counting_sort(key_P: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Positions of the int64 keys in stable ascending order, and where each key's run starts (num_keys + 1 entries).
+def _counting_sort(key_P: np.ndarray, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the keys in stable ascending order, and where each key's run starts (num_keys + 1 entries).
 
-
-    On a CPU one counting pass per 16 bits of the largest key (NumPy sorts 16-bit keys so); elsewhere torch's stable
-    sort, which does not synchronise.
+    One counting pass per 16 bits of the largest key, which is how NumPy sorts 16-bit keys.
     """
-    if key_P.device.type != "cpu":
-        sorted_P, order_P = torch.sort(key_P, stable=True)
-        return order_P, torch.searchsorted(sorted_P, torch.arange(num_keys + 1, device=key_P.device))
-    keys = key_P.numpy()
-    order = np.argsort(keys.astype(np.uint16), kind="stable")  # the cast keeps the low 16 bits
+    order = np.argsort(key_P.astype(np.uint16), kind="stable")  # the cast keeps the low 16 bits
     for shift in range(16, max(num_keys - 1, 1).bit_length(), 16):
-        order = order[np.argsort((keys[order] >> shift).astype(np.uint16), kind="stable")]
+        order = order[np.argsort((key_P[order] >> shift).astype(np.uint16), kind="stable")]
     offset = np.zeros(num_keys + 1, dtype=np.int64)
-    np.cumsum(np.bincount(keys, minlength=num_keys), out=offset[1:])
-    return torch.from_numpy(order), torch.from_numpy(offset)
+    np.cumsum(np.bincount(key_P, minlength=num_keys), out=offset[1:])
+    return order, offset
 
 
-def _refuse_out_of_range(name: str, index_P: Tensor, size: int) -> None:
-    inside_P = (index_P >= 0) & (index_P < size)
-    if index_P.device.type != "cuda":
-        if not bool(inside_P.all()):
-            wrong = index_P[~inside_P][0].item()
-            raise argument_error("sonic.RoutingPlan", name, f"out of range ({wrong})", f"0 <= {name} < {size}")
+def _refuse_out_of_range(name: str, index_P: np.ndarray, size: int) -> None:
+    if index_P.size and not (0 <= index_P.min() and index_P.max() < size):
+        wrong = index_P.min() if index_P.min() < 0 else index_P.max()
+        raise argument_error("sonic.RoutingPlan", name, f"out of range ({wrong})", f"0 <= {name} < {size}")
+
+
+def _build_plan_on_device(
+    expert_of_slot_P: Tensor, token_of_slot_P: Tensor | None, num_tokens: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same in torch, step by step, without a synchronisation: what is wrong becomes a device-side assertion."""
+    device, num_slots = expert_of_slot_P.device, expert_of_slot_P.shape[0]
+
+    def sort(key_P: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        sorted_P, order_P = torch.sort(key_P, stable=True)
+        return order_P, torch.searchsorted(sorted_P, torch.arange(num_keys + 1, device=device))
+
+    def demand(condition: Tensor, message: str) -> None:
+        if device.type == "cuda":
+            torch._assert_async(condition, f"sonic.RoutingPlan: {message}")
+        elif not bool(condition):  # other accelerators have no such assertion, and pay the synchronisation
+            raise ValueError(f"sonic.RoutingPlan: {message}")
+
+    expert_P = expert_of_slot_P.long()
+    outside = "expert_index is out of range, expected 0 <= expert_index < "
+    demand(((expert_P >= 0) & (expert_P < num_experts)).all(), f"{outside}{num_experts}")
+    if token_of_slot_P is None:
+        top_k = num_slots // num_tokens if num_tokens else 0
+        slot_of_row_R, expert_offset_E1 = sort(expert_P, num_experts)
+        row_of_visit_R = slot_of_row_R
+        token_of_row_R = slot_of_row_R // max(top_k, 1)
+        token_offset_T1 = torch.arange(num_tokens + 1, device=device) * top_k
     else:
-        torch._assert_async(inside_P.all(), f"sonic.RoutingPlan: {name} is out of range, expected 0 <= {name} < {size}")
-
-
-def _refuse_duplicates(token_of_row_R: Tensor, expert_of_row_R: Tensor) -> None:
+        token_P = token_of_slot_P.long()
+        outside = "token_index is out of range, expected 0 <= token_index < "
+        demand(((token_P >= 0) & (token_P < num_tokens)).all(), f"{outside}{num_tokens}")
+        slot_by_token_P, token_offset_T1 = sort(token_P, num_tokens)
+        row_of_visit_R, expert_offset_E1 = sort(expert_P[slot_by_token_P], num_experts)
+        slot_of_row_R = slot_by_token_P[row_of_visit_R]
+        token_of_row_R = token_P[slot_of_row_R]
+    expert_of_row_R = expert_P[slot_of_row_R]
     again_R = (token_of_row_R[1:] == token_of_row_R[:-1]) & (expert_of_row_R[1:] == expert_of_row_R[:-1])
-    if again_R.device.type != "cuda":
-        if bool(again_R.any()):
-            row = int(again_R.nonzero()[0])
-            token, expert = int(token_of_row_R[row]), int(expert_of_row_R[row])
-            was = f"a duplicate (token {token} goes to expert {expert} more than once)"
-            raise argument_error("sonic.RoutingPlan", "expert_index", was, "each token at most once per expert")
-    else:
-        torch._assert_async(
-            ~again_R.any(), "sonic.RoutingPlan: expert_index has a duplicate, expected each token once per expert"
-        )
+    demand(~again_R.any(), "expert_index has a duplicate, expected each token at most once per expert")
+    row_by_token_R = torch.empty_like(row_of_visit_R)
+    row_by_token_R[row_of_visit_R] = torch.arange(num_slots, device=device)
+    return (
+        expert_offset_E1.int(),
+        token_of_row_R.int(),
+        slot_of_row_R.int(),
+        row_by_token_R.int(),
+        token_offset_T1.int(),
+    )
