@@ -13,9 +13,9 @@ and has one signature, ``rival(x_TD, w1_EUD, w2_EDN, scores_TK, expert_TK) -> ou
 * ``expert_TK``  chosen experts, (T, K), int64, each in [0, E), no expert twice in a row.
 
 All are ordinary autograd code, differentiable to x, w1, w2 and scores. All sort inside the call: routing changes at
-every step. Of equivalent forms the one that was fastest on a CPU is kept, and among equally fast ones the one that saves
-less for backward (``F.embedding_bag`` to gather and sum beats ``index_add``, above all in backward): beating a straw man
-proves nothing.
+every step. Of equivalent forms the one that was fastest on a CPU is kept, and among equally fast ones the one that
+saves less for backward (``F.embedding_bag`` to gather and sum beats ``index_add``, above all in backward): beating a
+straw man proves nothing.
 """
 
 from __future__ import annotations

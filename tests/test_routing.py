@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,8 +60,9 @@ def score_formula(
 
 def error(got: Tensor, wanted: Tensor) -> float:
     """Relative error; infinite where something is not finite."""
-    difference = (got.double() - wanted.double()).norm() / wanted.double().norm()
-    return float(difference) if difference.isfinite() else float("inf")
+    got, wanted = got.detach().double(), wanted.detach().double()
+    difference = float((got - wanted).norm() / wanted.norm())
+    return difference if math.isfinite(difference) else math.inf
 
 
 def router_of(dtype: torch.dtype = torch.float32, top_k: int = K, **options: Any) -> TopKRouter:
