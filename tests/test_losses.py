@@ -118,7 +118,7 @@ def test_without_tokens() -> None:
     logits_TE = torch.zeros(0, E, requires_grad=True)
     loss = load_balancing_loss(logits_TE, torch.zeros(E)) + router_z_loss(logits_TE)
     loss.backward()
-    assert float(loss) == 0 and logits_TE.grad.shape == (0, E)
+    assert loss.detach() == 0 and logits_TE.grad.shape == (0, E)
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -130,11 +130,9 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_counts_have_no_gradient() -> None:
-    count_E = torch.rand(E, requires_grad=True)
-    logits_TE = torch.randn(T, E, requires_grad=True)
-    assert gradient(load_balancing_loss(logits_TE, count_E.detach()), logits_TE)[0].norm() > 0
-    loss = load_balancing_loss(logits_TE, count_E)
-    assert torch.autograd.grad(loss, count_E, allow_unused=True) == (None,) or not count_E.grad
+    logits_TE, count_E = torch.randn(T, E, requires_grad=True), torch.rand(E, requires_grad=True)
+    load_balancing_loss(logits_TE, count_E).backward()
+    assert logits_TE.grad.norm() > 0 and count_E.grad is None
 
 
 @every_function

@@ -7,10 +7,7 @@ elsewhere a block and its weights are widened to float32 on the way, which is fa
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import mmap
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from sonic.shapes import argument_error
 
-__all__ = ["Block", "ExpertSums", "compute_dtype", "empty"]
+__all__ = ["Block", "ExpertSums", "compute_dtype"]
 
 # Working set of a block of rows. Larger blocks make better matrix multiplies; beyond this nothing was gained.
 _BLOCK_BYTES = 16 << 20
@@ -27,8 +24,6 @@ _BLOCK_BYTES = 16 << 20
 _MIN_BLOCK_ROWS = 256
 # 16-bit products are rounded once per block, so blocks that are summed over an expert are few and large.
 _MAX_16BIT_CONTRACTION_ROWS = 8192
-# From here on the C library takes fresh pages from the kernel for every allocation.
-_FRESH_BYTES = 32 << 20
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -56,21 +51,6 @@ def _fast_16bit_dtypes() -> frozenset[torch.dtype]:
     if flags & {"amx_fp16", "asimdhp"}:
         fast.add(torch.float16)
     return frozenset(fast)
-
-
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """``like.new_empty(shape)``, asking the kernel for huge pages where it is large, on a Linux CPU.
-
-    First touch of fresh 4 KiB pages made the matrix multiplies of a weight gradient 49% (32 MiB) and 22% (96 MiB)
-    slower, of huge pages 34% and 9% (medians of 25 on a virtual machine). Only a hint: it changes no result.
-    """
-    tensor = like.new_empty(shape)
-    size = tensor.numel() * tensor.itemsize
-    if size >= _FRESH_BYTES and tensor.device.type == "cpu" and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (tensor.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return tensor
 
 
 class Block:
@@ -187,7 +167,7 @@ class ExpertSums:
         Of what is not needed, an empty tensor comes out.
         """
         num_experts, width_a, width_b = shape
-        self._dw_Eab = empty(like, num_experts if need_weight else 0, width_a, width_b)
+        self._dw_Eab = like.new_empty(num_experts if need_weight else 0, width_a, width_b)
         sum_dtype = torch.promote_types(like.dtype, torch.float32)
         self._db_Ea = like.new_zeros(num_experts if need_bias else 0, width_a, dtype=sum_dtype)
         in_place = not need_weight or like.dtype == sum_dtype

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sonic.kernels.reference.activation import activate, activate_bwd, is_gated
-from sonic.kernels.reference.blocks import Block, ExpertSums, empty
+from sonic.kernels.reference.blocks import Block, ExpertSums
 
 __all__ = ["experts", "experts_bwd"]
 
@@ -39,7 +39,7 @@ def experts(
     num_rows = x_TD.shape[0] if token_of_row_R is None else token_of_row_R.shape[0]
     width_n = width_u // 2 if is_gated(activation) else width_u
     token_of_row_R = _long(token_of_row_R)
-    h_RU = empty(x_TD, num_rows if need_h else 0, width_u)
+    h_RU = x_TD.new_empty(num_rows if need_h else 0, width_u)
     block = Block(x_TD, 2 * width_d + width_u + width_n)
     total = _TokenSums(x_TD, x_TD.shape[0], width_d, token_of_row_R, block)
     w1, w2 = block.weights(w1_EUD), block.weights(w2_EDN)
