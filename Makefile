@@ -38,7 +38,7 @@ help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.has-base ## train a small MoE language model on this machine, beside a dense one
-	$(PY) -m examples.train_moe_lm --preset demo --compare dense --out report/demo $(ARGS)
+	$(PY) -m examples.train_moe_lm --preset demo --compare dense --out report/demo --overwrite $(ARGS)
 
 test: lint $(VENV)/.has-test ## lint, then every test that this machine can run in some minutes
 	$(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)

@@ -39,11 +39,29 @@ from sonic.kernels import ops
 from sonic.routing.plan import RoutingPlan
 from sonic.shapes import argument_error, check_choice, check_dtype, check_integer, check_same, check_shape
 
-__all__ = ["SAVE_MODES", "expert_mlp", "moe_mlp"]
+__all__ = ["SAVE_MODES", "check_options", "expert_mlp", "moe_mlp", "up_rows"]
 
 SAVE_MODES = ("preactivation", "input")
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_options(where: str, activation: str, glu_layout: str, save: str, backend: str | None) -> None:
+    """Refuse options of :func:`moe_mlp` that are no such names.
+
+    Raises:
+        ValueError: ``where``, the option, what it was, and the names there are.
+    """
+    check_choice(where, "activation", activation, ops.ACTIVATIONS)
+    check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
+    check_choice(where, "save", save, SAVE_MODES)
+    if backend is not None:
+        check_choice(where, "backend", backend, ops.dispatch.backends())
+
+
+def up_rows(intermediate_size: int, activation: str) -> int:
+    """U, the rows of one expert's up projection: 2N for a gated activation (gate and up), else N."""
+    return 2 * intermediate_size if ops.is_gated(activation) else intermediate_size
 
 
 def moe_mlp(
@@ -87,6 +105,7 @@ def moe_mlp(
         RuntimeError: from backward, when the gradient is differentiated again.
     """
     where = "sonic.moe_mlp"
+    check_options(where, activation, glu_layout, save, backend)
     if not isinstance(plan, RoutingPlan):
         raise argument_error(where, "plan", f"a {type(plan).__name__}", "a sonic.RoutingPlan")
     check_shape(where, "x", x, T=plan.num_tokens, D=None)
@@ -99,7 +118,7 @@ def moe_mlp(
     check_dtype(where, "scores", scores, _FLOATS)
     check_same(where, ("x", x), (("scores", scores), ("plan", plan.token_of_row_R)), dtype=False)
     x, w1, w2, b1, b2 = _autocast(x, w1, w2, b1, b2)
-    _check_experts(where, "x", x, w1, w2, b1, b2, plan.num_experts, activation, glu_layout, save)
+    _check_experts(where, "x", x, w1, w2, b1, b2, plan.num_experts, activation)
     out: Tensor = _Experts.apply(
         x,
         w1,
@@ -159,6 +178,7 @@ def expert_mlp(
         backend can serve. RuntimeError: from backward, when the gradient is differentiated again.
     """
     where = "sonic.expert_mlp"
+    check_options(where, activation, glu_layout, save, backend)
     check_shape(where, "rows", rows, R=None, D=None)
     check_integer(where, "tokens_per_expert", tokens_per_expert)
     check_shape(where, "tokens_per_expert", tokens_per_expert, E=None)
@@ -168,7 +188,7 @@ def expert_mlp(
         check_dtype(where, "row_scores", row_scores, _FLOATS)
         check_same(where, ("rows", rows), (("row_scores", row_scores),), dtype=False)
     rows, w1, w2, b1, b2 = _autocast(rows, w1, w2, b1, b2)
-    _check_experts(where, "rows", rows, w1, w2, b1, b2, num_experts, activation, glu_layout, save)
+    _check_experts(where, "rows", rows, w1, w2, b1, b2, num_experts, activation)
     expert_offset_E1 = _offsets(where, tokens_per_expert, rows)
     out: Tensor = _Experts.apply(
         rows,
@@ -339,12 +359,7 @@ def _check_experts(
     b2: Tensor | None,
     num_experts: int,
     activation: str,
-    glu_layout: str,
-    save: str,
 ) -> None:
-    check_choice(where, "activation", activation, ops.ACTIVATIONS)
-    check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
-    check_choice(where, "save", save, SAVE_MODES)
     check_dtype(where, x_name, x, _FLOATS)
     check_shape(where, "w1", w1, E=num_experts, U=None, D=x.shape[1])
     gated = ops.is_gated(activation)

@@ -323,7 +323,12 @@ def run_ranks(file: str, function: str, folder: Path, num_ranks: int = 2, timeou
     command = [sys.executable, file, function, str(folder / f"{function}.store"), str(num_ranks)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, str(rank)],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(num_ranks)
     ]

@@ -163,7 +163,9 @@ def test_more_experts_than_sixteen_bits_count(num_experts: int) -> None:
 
 def test_more_tokens_than_sixteen_bits_count() -> None:
     num_tokens = 140_000
-    token_P = torch.cat((torch.randperm(num_tokens)[:500], torch.arange(65_530, 65_545), torch.tensor([num_tokens - 1])))
+    token_P = torch.cat(
+        (torch.randperm(num_tokens)[:500], torch.arange(65_530, 65_545), torch.tensor([num_tokens - 1]))
+    )
     expert_P = torch.randint(5, token_P.shape)
     pair_P = torch.unique(token_P * 5 + expert_P)
     pair_P = pair_P[torch.randperm(pair_P.shape[0])]
@@ -198,9 +200,7 @@ def test_strided_indices() -> None:
     wanted = RoutingPlan.from_topk(expert_TK, 6)
     strided = RoutingPlan.from_topk(expert_TK.t().contiguous().t(), 6)
     token_P, expert_P = pairs_of(expert_TK)
-    every_second = RoutingPlan.from_pairs(
-        token_P.repeat_interleave(2)[::2], expert_P.repeat_interleave(2)[1::2], 9, 6
-    )
+    every_second = RoutingPlan.from_pairs(token_P.repeat_interleave(2)[::2], expert_P.repeat_interleave(2)[1::2], 9, 6)
     for name in ARRAYS:
         assert torch.equal(getattr(strided, name), getattr(wanted, name)), name
         assert torch.equal(getattr(every_second, name), getattr(wanted, name)), name
@@ -271,7 +271,9 @@ def test_indices_that_are_no_integers_are_refused(dtype: torch.dtype) -> None:
 
 
 @given(
-    counts=st.lists(st.integers(0, 40), min_size=1, max_size=9), tile=st.sampled_from((1, 2, 3, 16, 128)), data=st.data()
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    tile=st.sampled_from((1, 2, 3, 16, 128)),
+    data=st.data(),
 )
 def test_padding_to_tiles(counts: list[int], tile: int, data: st.DataObject) -> None:
     expert_P = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))

@@ -29,7 +29,11 @@ OPTIONS = [
 
 
 def option_id(options: dict[str, Any]) -> str:
-    parts = [options["score_function"], "pre" if options["pre_softmax"] else "", "norm" if options["norm_topk_prob"] else ""]
+    parts = [
+        options["score_function"],
+        "pre" if options["pre_softmax"] else "",
+        "norm" if options["norm_topk_prob"] else "",
+    ]
     return "-".join(part for part in (*parts, f"x{options['topk_scaling_factor']}") if part)
 
 
@@ -95,7 +99,9 @@ def test_scores_and_gradients_are_those_of_the_formula(options: dict[str, Any], 
     got = torch.autograd.grad(routing.scores, (x_TD, router.weight), dscores_TK)
     wanted = torch.autograd.grad(wanted_TK, (x64_TD, weight64_ED), dscores_TK)
     sizes = [gradient.norm() for gradient in wanted]
-    constant = top_k == 1 and (options["norm_topk_prob"] or options["score_function"] == "softmax" and not options["pre_softmax"])
+    constant = top_k == 1 and (
+        options["norm_topk_prob"] or options["score_function"] == "softmax" and not options["pre_softmax"]
+    )
     for gradient, want, size in zip(got, wanted, sizes, strict=True):
         if constant:  # one expert has the whole score whatever its logit: no gradient, but for rounding
             assert gradient.norm() <= 1e-12
@@ -187,7 +193,11 @@ def test_ties(options: dict[str, Any]) -> None:
     first, second = router(x_TD), router(x_TD)
     assert torch.equal(first.expert_index, second.expert_index)
     assert (first.expert_index.sort(dim=1).values.diff(dim=1) > 0).all()
-    share = 1 / K if options["norm_topk_prob"] or option_id(options).startswith("softmax-x") else {"softmax": 1 / E, "sigmoid": 0.5}[options["score_function"]]
+    share = (
+        1 / K
+        if options["norm_topk_prob"] or option_id(options).startswith("softmax-x")
+        else {"softmax": 1 / E, "sigmoid": 0.5}[options["score_function"]]
+    )
     torch.testing.assert_close(first.scores, torch.full((T, K), share * options["topk_scaling_factor"]))
 
 
@@ -376,7 +386,9 @@ def test_no_table_over_tokens_and_experts_is_kept(options: dict[str, Any], losse
         tensor.untyped_storage().nbytes() for tensor in inputs
     )
     table = 4 * num_tokens * 2  # (T, K) in 4 bytes: the experts, the scores, and the probabilities if they differ
-    differ = options["topk_scaling_factor"] != 1 or (options["score_function"] == "sigmoid" and options["norm_topk_prob"])
+    differ = options["topk_scaling_factor"] != 1 or (
+        options["score_function"] == "sigmoid" and options["norm_topk_prob"]
+    )
     scalars = 4 * num_experts + 4 + 8 if losses else 0  # shares, weight of a token, two coefficients
     assert 2 * table <= own_bytes <= 2 * table + scalars
     kept_memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -3,7 +3,7 @@
 One block in two lines: ``x = x + attention(norm(x))``, ``x = x + mlp(norm(x))``. What may surprise:
 
 - there is no tokenizer: the vocabulary is the 256 bytes, and byte 0, which text never holds, says "a file starts here";
-- the head starts at zero, so an untrained model gives every byte the same chance, and training starts at 8 bits per byte.
+- the head starts at zero: an untrained model gives every byte the same chance, so training starts at 8 bits per byte.
 
 Shapes: B windows, S bytes in each, D the model's width, E experts, K experts per token, N the width of one expert.
 """
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw the weights: normal, with a variance of 1 / fan-in. The head is zero, the scales of the norms are one."""
+        """Draw the weights: normal, with a variance of 1 / fan-in; the head is zero, the scales of the norms one."""
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 nn.init.ones_(parameter)

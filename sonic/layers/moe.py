@@ -9,8 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from sonic.functional import SAVE_MODES, expert_mlp, moe_mlp
-from sonic.kernels import ops
+from sonic.functional import check_options, expert_mlp, moe_mlp, up_rows
 from sonic.routing.losses import attach_loss
 from sonic.routing.result import Routing
 from sonic.routing.topk import TopKRouter
@@ -95,12 +94,8 @@ class MoE(nn.Module):
         )
         if top_k > num_experts:
             raise argument_error(where, "top_k", top_k, f"at most num_experts = {num_experts}")
-        check_choice(where, "activation", activation, ops.ACTIVATIONS)
-        check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
-        check_choice(where, "save", save, SAVE_MODES)
+        check_options(where, activation, glu_layout, save, backend)
         _check_init(where, init, init_std)
-        if backend is not None:
-            check_choice(where, "backend", backend, ops.dispatch.backends())
         if shared_intermediate_size:
             check_positive(where, shared_intermediate_size=shared_intermediate_size)
         if router is not None:
@@ -115,7 +110,7 @@ class MoE(nn.Module):
         self.backend = backend
         self.init, self.init_std = init, init_std
         self.aux_loss_scale: float | Tensor = 1.0
-        width_u = intermediate_size * (2 if ops.is_gated(activation) else 1)
+        width_u = up_rows(intermediate_size, activation)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w1 = nn.Parameter(torch.empty(num_experts, width_u, hidden_size, **factory))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
@@ -246,14 +241,12 @@ class SharedExpert(nn.Module):
         super().__init__()
         where = "sonic.layers.SharedExpert"
         check_positive(where, hidden_size=hidden_size, intermediate_size=intermediate_size)
-        check_choice(where, "activation", activation, ops.ACTIVATIONS)
-        check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
-        check_choice(where, "save", save, SAVE_MODES)
+        check_options(where, activation, glu_layout, save, backend)
         _check_init(where, init, init_std)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation, self.glu_layout, self.save, self.backend = activation, glu_layout, save, backend
         self.init, self.init_std = init, init_std
-        width_u = intermediate_size * (2 if ops.is_gated(activation) else 1)
+        width_u = up_rows(intermediate_size, activation)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w1 = nn.Parameter(torch.empty(width_u, hidden_size, **factory))
         self.w2 = nn.Parameter(torch.empty(hidden_size, intermediate_size, **factory))
