@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sonic.autograd import refuse_double_backward
+from sonic.autograd import autocast_dtype, refuse_double_backward
 from sonic.kernels import ops
 from sonic.routing.plan import RoutingPlan
 from sonic.shapes import argument_error, check_choice, check_dtype, check_integer, check_same, check_shape
@@ -134,7 +134,7 @@ def moe_mlp(
         plan.top_k,
         activation,
         glu_layout,
-        save,
+        save == "preactivation" and torch.is_grad_enabled(),
         backend,
     )
     return out
@@ -205,7 +205,7 @@ def expert_mlp(
         None,
         activation,
         glu_layout,
-        save,
+        save == "preactivation" and torch.is_grad_enabled(),
         backend,
     )
     return out
@@ -234,11 +234,11 @@ class _Experts(torch.autograd.Function):
         top_k: int | None,
         activation: str,
         glu_layout: str,
-        save: str,
+        may_keep_h: bool,
         backend: str | None,
     ) -> Tensor:
         x_TD = x_TD.contiguous()
-        keep_h = save == "preactivation" and any(ctx.needs_input_grad[:6])
+        keep_h = may_keep_h and any(ctx.needs_input_grad[:6])
         out, h_RU = ops.experts(
             x_TD,
             w1_EUD.contiguous(),
@@ -321,7 +321,7 @@ class _Experts(torch.autograd.Function):
                 _slot_gradient(dscores_R, scores, slot_of_row_R) if need_dscores else None,
             )
         grads = refuse_double_backward(ctx.where, grads, (dout_TD, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, scores))
-        # the five maps, then top_k, activation, glu_layout, save, backend
+        # the five maps, then top_k, activation, glu_layout, may_keep_h, backend
         return (*grads, None, None, None, None, None, None, None, None, None, None)
 
 
@@ -342,10 +342,9 @@ def _slot_gradient(dscores_R: Tensor, scores: Tensor, slot_of_row_R: Tensor | No
 
 def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """Tokens, weights and biases in autocast's dtype where it is on; float64 stays, as with torch's own layers."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, *weights
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
 
 
@@ -379,10 +378,12 @@ def _check_experts(
 def _offsets(where: str, tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
     """(E + 1,) int32 offsets on the device of ``rows``; counts that lie on the CPU are checked there."""
     num_rows = rows.shape[0]
-    if tokens_per_expert.device.type == "cpu" and not torch.compiler.is_compiling():
-        counts = tokens_per_expert.tolist()
+    has_values = type(tokens_per_expert) is Tensor and not torch.compiler.is_compiling()  # no fake of a tracer
+    if tokens_per_expert.device.type == "cpu":
+        counts = tokens_per_expert.tolist() if has_values else []
         if any(count < 0 for count in counts) or sum(counts) > num_rows:
-            raise argument_error(where, "tokens_per_expert", counts, f"counts >= 0 that sum to at most R = {num_rows}")
+            wanted = f"counts >= 0 that sum to at most R = {num_rows}"
+            raise argument_error(where, "tokens_per_expert", counts, wanted)
     elif tokens_per_expert.device != rows.device:
         raise argument_error(
             where, "tokens_per_expert", f"on {tokens_per_expert.device}", f"on {rows.device} like rows, or on the CPU"

@@ -141,7 +141,7 @@ class Problem:
         return {"activation": self.activation, "glu_layout": self.glu_layout}
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Fresh leaves by name that require gradients, all in ``dtype`` if it is given; a bias that is None is left out."""
+        """Fresh leaves that require gradients, by name, in ``dtype`` if it is given; without biases that are None."""
         values = {name: getattr(self, name) for name in LEAVES}
         return {
             name: value.detach().to(value.dtype if dtype is None else dtype, copy=True).requires_grad_()

@@ -1,7 +1,7 @@
 """Wrong calls: one table of what users get wrong, each with the exact words that it is refused with.
 
-Every message has one form: ``where: argument is X, expected Y``. Nothing is computed before a call is refused, and nothing
-that was passed in, module or tensor, is changed by it.
+Every message has one form: ``where: argument is X, expected Y``. Nothing is computed before a call is refused, and
+nothing that was passed in, module or tensor, is changed by it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def experts_op(offsets: list[int], dtype: torch.dtype = torch.int32) -> Callable
 
 def explain(**changes: Any) -> Callable[[Given], object]:
     arguments = {"num_tokens": T, "num_experts": E, "top_k": K, "hidden_size": D, "intermediate_size": N}
-    return lambda given: kernels.explain(changes.pop("op", "up_proj"), **arguments | changes)
+    return lambda given: kernels.explain(**{"op": "up_proj"} | arguments | changes)
 
 
 def always(value: object) -> Callable[[Given], object]:
@@ -242,6 +242,7 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (moe_mlp(activation=always("SwiGLU")), f"sonic.moe_mlp: activation is 'SwiGLU', expected {ACTIVATIONS}"),
     (moe_mlp(glu_layout=always(None)), f"sonic.moe_mlp: glu_layout is None, expected {LAYOUTS}"),
     (moe_mlp(save=always(True)), f"sonic.moe_mlp: save is True, expected {SAVES}"),
+    (moe_mlp(backend=always("fast")), f"sonic.moe_mlp: backend is 'fast', expected {BACKENDS}"),
     # ---- sonic.expert_mlp
     (expert_mlp(rows=lambda g: g.rows[0]), "sonic.expert_mlp: rows is (8,), expected (R, D)"),
     (expert_mlp(rows=lambda g: g.rows.int()), f"sonic.expert_mlp: rows is int32, expected {FLOATS}"),
@@ -283,6 +284,7 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     ),
     (expert_mlp(w2=lambda g: g.w2.bfloat16()), "sonic.expert_mlp: w2 is bfloat16, expected float32 like rows"),
     (expert_mlp(save=always("h")), f"sonic.expert_mlp: save is 'h', expected {SAVES}"),
+    (expert_mlp(backend=always(1)), f"sonic.expert_mlp: backend is 1, expected {BACKENDS}"),
     # ---- plans
     (
         lambda g: sonic.RoutingPlan.from_topk(g.expert_index.tolist(), E),

@@ -1,4 +1,4 @@
-"""``sonic.MoE`` as users meet it: right against a dense layer, and at home in every part of PyTorch that training goes through."""
+"""``sonic.MoE`` as users meet it: right against a dense layer, and at home in all of PyTorch that training needs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def dense_activation(activation: str, layout: str, h: Tensor) -> Tensor:
 
 
 def dense_forward(layer: sonic.MoE, x: Tensor) -> Tensor:
-    """Every expert on every token, weighed with scores that are zero for experts that were not chosen; float64 autograd."""
+    """Every expert on every token, weighed with scores that are zero for experts that were not chosen."""
     parameters = dict(layer.named_parameters())
     x_TD = x.reshape(-1, layer.hidden_size)
 

@@ -1,4 +1,4 @@
-"""Balancing losses: their values and gradients, how they reach backward by themselves, and what several ranks agree on."""
+"""Balancing losses: values and gradients, how they reach backward by themselves, and what several ranks agree on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The top-K router: its scores and gradients are those of the formulas, in float32 at least, without a (T, E) table kept."""
+"""The top-K router: scores and gradients are those of the formulas, in float32 at least, and no (T, E) table is kept."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_what_any_scores_have_in_common(options: dict[str, Any], seed: int, size
 
 
 def test_presets_of_well_known_models() -> None:
-    """Softmax over all experts, chosen, normalised (Qwen3) is softmax over the chosen (Mixtral): written two ways, one result."""
+    """Softmax over all experts, normalised over the chosen (Qwen3), is softmax over the chosen (Mixtral)."""
     logits_TE = torch.randn(T, E, dtype=torch.float64)
     qwen3_TK, expert_TK = topk_scores(logits_TE, K, pre_softmax=True, norm_topk_prob=True)
     mixtral_TK, same_TK = topk_scores(logits_TE, K)
@@ -372,7 +372,7 @@ def kept() -> Iterator[list[Tensor]]:
 @pytest.mark.parametrize("losses", [False, True], ids=["no-loss", "losses"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_table_over_tokens_and_experts_is_kept(options: dict[str, Any], losses: bool, dtype: torch.dtype) -> None:
-    """Kept are tokens, weight, scores, chosen experts, chosen probabilities where the scores do not tell them, E numbers."""
+    """Kept: tokens, weight, scores, chosen experts, their probabilities where the scores do not tell them, E numbers."""
     num_tokens, num_experts = 64, 32
     coefficients = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.1} if losses else {}
     router = TopKRouter(D, num_experts, 2, dtype=dtype, **coefficients, **options)

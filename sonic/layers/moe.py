@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from sonic.autograd import autocast_dtype
 from sonic.functional import check_options, expert_mlp, moe_mlp, up_rows
 from sonic.routing.losses import attach_loss
 from sonic.routing.result import Routing
@@ -173,7 +174,7 @@ class MoE(nn.Module):
             raise argument_error(where, "x", f"a {type(x).__name__}", "a tensor of shape (..., D)")
         if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise argument_error(where, "x", tuple(x.shape), f"(..., D) = (..., {self.hidden_size})")
-        check_same(where, ("w1", self.w1), (("x", x),), dtype=not torch.is_autocast_enabled(x.device.type))
+        check_same(where, ("w1", self.w1), (("x", x),), dtype=autocast_dtype(x.device) is None)
         x_TD = x.reshape(-1, self.hidden_size)
         routing: Routing = self.router(x_TD)
         scores = routing.scores

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sonic.autograd import refuse_double_backward
+from sonic.autograd import no_autocast, refuse_double_backward
 from sonic.kernels.ops import SCORE_FUNCTIONS
 from sonic.shapes import argument_error, check_choice, check_shape
 
@@ -115,7 +115,7 @@ def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
 def logits_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """``x @ weight.T`` in at least float32, as no autograd sees it: (T, E)."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with no_autocast(x_TD.device):
         return torch.mm(x_TD.to(wide), weight_ED.to(wide).t())
 
 
@@ -141,7 +141,8 @@ class _RouterLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dbalance: Tensor, dz: Tensor) -> Any:
-        *kept, share_E, token_weight = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes on access
+        *kept, share_E, token_weight = saved
         with torch.no_grad():
             logits_TE = logits_of(*kept) if ctx.has_source else kept[0]
             wide_TE = logits_TE.to(share_E.dtype)
@@ -156,9 +157,7 @@ class _RouterLosses(torch.autograd.Function):
             log_total_T1 = torch.logsumexp(wide_TE, dim=-1, keepdim=True)
             dlogits_TE += torch.exp(wide_TE - log_total_T1) * (2 * dz * token_weight * log_total_T1)
             dlogits_TE = dlogits_TE.to(logits_TE.dtype)
-        (dlogits,) = refuse_double_backward(
-            "sonic.routing.load_balancing_loss", (dlogits_TE,), (dbalance, dz, *ctx.saved_tensors)
-        )
+        (dlogits,) = refuse_double_backward("sonic.routing.load_balancing_loss", (dlogits_TE,), (dbalance, dz, *saved))
         return dlogits, None, None, None, None, None  # logits; x, weight, share, token_weight, score_function
 
 

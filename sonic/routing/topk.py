@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonic.autograd import refuse_double_backward
+from sonic.autograd import autocast_dtype, no_autocast, refuse_double_backward
 from sonic.kernels import ops
 from sonic.routing.losses import Group, logits_of, router_losses
 from sonic.routing.plan import RoutingPlan
@@ -167,7 +167,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     where = "sonic.routing.router_logits"
     check_shape(where, "x", x, T=None, D=None)
     check_shape(where, "weight", weight, E=None, D=x.shape[1])
-    check_same(where, ("weight", weight), (("x", x),), dtype=not torch.is_autocast_enabled(x.device.type))
+    check_same(where, ("weight", weight), (("x", x),), dtype=autocast_dtype(x.device) is None)
     logits: Tensor = _RouterLogits.apply(x, weight)
     return logits
 
@@ -217,7 +217,7 @@ class _RouterLogits(torch.autograd.Function):
         x_TD, weight_ED = ctx.saved_tensors
         wide = dlogits_TE.dtype
         dx_TD = dweight_ED = None
-        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(x_TD.device):
             if ctx.needs_input_grad[0]:
                 dx_TD = torch.mm(dlogits_TE, weight_ED.to(wide)).to(x_TD.dtype)
             if ctx.needs_input_grad[1]:
@@ -256,7 +256,7 @@ class _TopKScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dscores_TK: Tensor, _: Tensor) -> Any:
-        expert_TK, prob_TK, *kept = ctx.saved_tensors
+        expert_TK, prob_TK, *kept = ctx.saved_tensors  # once: activation checkpointing recomputes on access
         with torch.no_grad():
             dprob_TK = dscores_TK * ctx.scaling_factor
             if ctx.score_function == "sigmoid":
@@ -276,7 +276,5 @@ class _TopKScores(torch.autograd.Function):
             else:
                 dlogits_TE = prob_TK.new_zeros(prob_TK.shape[0], ctx.num_experts)
             dlogits_TE = dlogits_TE.scatter_add(1, expert_TK.long(), dchosen_TK).to(ctx.logits_dtype)
-        (dlogits,) = refuse_double_backward(
-            "sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, *ctx.saved_tensors)
-        )
+        (dlogits,) = refuse_double_backward("sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, prob_TK, *kept))
         return dlogits, None, None, None, None, None, None, None, None  # logits; the rest are options and sources
