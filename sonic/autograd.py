@@ -13,7 +13,7 @@ __all__ = ["autocast_dtype", "no_autocast", "refuse_double_backward"]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast asks for on this kind of device; ``None`` where it is off, or where there is none (meta)."""
+    """The dtype that autocast asks for on this kind of device; ``None`` where it is off or there is none (meta)."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

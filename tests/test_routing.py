@@ -1,4 +1,4 @@
-"""The top-K router: scores and gradients are those of the formulas, in float32 at least, and no (T, E) table is kept."""
+"""The top-K router: scores and gradients are those of the formulas, in float32 or more, and no (T, E) table is kept."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ def kept() -> Iterator[list[Tensor]]:
 @pytest.mark.parametrize("losses", [False, True], ids=["no-loss", "losses"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_no_table_over_tokens_and_experts_is_kept(options: dict[str, Any], losses: bool, dtype: torch.dtype) -> None:
-    """Kept: tokens, weight, scores, chosen experts, their probabilities where the scores do not tell them, E numbers."""
+    """Kept: tokens, weight, scores, chosen experts, their probabilities if the scores do not tell them, E numbers."""
     num_tokens, num_experts = 64, 32
     coefficients = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.1} if losses else {}
     router = TopKRouter(D, num_experts, 2, dtype=dtype, **coefficients, **options)
