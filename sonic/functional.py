@@ -237,10 +237,9 @@ class _Experts(torch.autograd.Function):
         may_keep_h: bool,
         backend: str | None,
     ) -> Tensor:
-        x_TD = x_TD.contiguous()
         keep_h = may_keep_h and any(ctx.needs_input_grad[:6])
         out, h_RU = ops.experts(
-            x_TD,
+            x_TD.contiguous(),
             w1_EUD.contiguous(),
             w2_EDN.contiguous(),
             b1_EU,
@@ -258,7 +257,7 @@ class _Experts(torch.autograd.Function):
         ctx.options = (activation, glu_layout, backend)
         ctx.top_k = top_k
         ctx.where = "sonic.expert_mlp" if token_of_row_R is None else "sonic.moe_mlp"
-        ctx.save_for_backward(
+        ctx.save_for_backward(  # of strided views the views, not their copies
             x_TD,
             h_RU if keep_h else None,
             w1_EUD,
@@ -293,7 +292,7 @@ class _Experts(torch.autograd.Function):
                 token_of_row_R = slot_of_row_R // ctx.top_k
             dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R = ops.experts_bwd(
                 dout_TD.contiguous(),
-                x_TD,
+                x_TD.contiguous(),
                 h_RU,
                 w1_EUD.contiguous(),
                 w2_EDN.contiguous(),

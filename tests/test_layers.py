@@ -255,7 +255,6 @@ def test_inference(guard: Any) -> None:
     assert not y.requires_grad and torch.equal(y, wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="needs_input_grad is True of a parameter under no_grad too, so H is kept")
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 def test_inference_computes_no_activations_for_backward(
@@ -278,6 +277,14 @@ def test_inference_computes_no_activations_for_backward(
     assert rows == [0, 0]
 
 
+@pytest.mark.xfail(strict=True, reason="the reshape at the end makes one")
+@pytest.mark.parametrize("shape", [(T, D), (2, 5, D)], ids=str)
+def test_output_is_no_view(shape: tuple[int, ...]) -> None:
+    """As with ``nn.Linear``: where a sharding library hooks the output, a change in place of a view drops its hook."""
+    x = torch.randn(shape)
+    assert not nn.Linear(D, D)(x)._is_view() and not sonic.MoE(D, N, E, K)(x)._is_view()
+
+
 def test_output_may_be_changed_in_place() -> None:
     layer = layer_with_losses()
     for shape in ((T, D), (2, 5, D)):
@@ -285,7 +292,6 @@ def test_output_may_be_changed_in_place() -> None:
         y = layer(x)
         y += x
         y.relu_().sum().backward()
-        want = torch.randn(0)
         (want,) = torch.autograd.grad((layer(x) + x).relu().sum(), x)
         assert error(x.grad, want) <= 1e-6
 
@@ -597,15 +603,7 @@ def test_functional_call() -> None:
     assert other.w1.grad.any() and layer.w1.grad is None
 
 
-@pytest.mark.parametrize(
-    "shared",
-    [
-        0,
-        pytest.param(
-            6, marks=pytest.mark.xfail(strict=True, reason="the shared expert's count is read although it has no data")
-        ),
-    ],
-)
+@pytest.mark.parametrize("shared", [0, 6])
 def test_without_data(shared: int) -> None:
     """Forward and backward under FakeTensorMode: how memory is estimated and graphs are traced."""
     with FakeTensorMode():
@@ -617,7 +615,6 @@ def test_without_data(shared: int) -> None:
         assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="autocast knows no meta device")
 @pytest.mark.parametrize("shared", [0, 6])
 def test_on_the_meta_device(shared: int) -> None:
     layer = layer_with_losses(bias=True, shared_intermediate_size=shared).to("meta")

@@ -71,7 +71,7 @@ class Request:
         num_rows: R, routed rows (T * K for the routing ops).
         num_experts: E; 0 where the op has none.
         hidden_size: D; 0 where the op has none.
-        intermediate_size: N; 0 where the op has none.
+        intermediate_size: N; U for ``up_proj_bwd_*``, which are not told the activation; 0 where the op has none.
         activation: a name in ``sonic.ACTIVATIONS``, ``None`` for ops without one.
     """
 

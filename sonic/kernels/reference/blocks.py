@@ -128,6 +128,13 @@ class Block:
         if tensor.dtype != self.dtype:
             tensor[start:stop] = block
 
+    def project(self, rows_ra: Tensor, w_ba: Tensor, bias_Eb: Tensor | None, expert: int, out_rb: Tensor) -> None:
+        """``out = rows @ w.T + bias[expert]``, rounded once."""
+        if bias_Eb is None:
+            torch.mm(rows_ra, w_ba.t(), out=out_rb)
+        else:
+            torch.addmm(bias_Eb[expert].to(self.dtype), rows_ra, w_ba.t(), out=out_rb)
+
     def column(self, row_scores_R: Tensor, start: int, stop: int) -> Tensor:
         """Row scores as a column (rows, 1) in the compute dtype."""
         return row_scores_R[start:stop, None].to(self.dtype)
@@ -199,9 +206,13 @@ class ExpertSums:
         else:
             torch.addmm(sum_ab, left_aR, right_Rb, out=sum_ab)
 
-    def add_bias(self, expert: int, rows_Ra: Tensor) -> None:
-        """Add the column sums of ``rows`` to the bias gradient of ``expert``."""
-        self._db_Ea[expert] += rows_Ra.sum(0, dtype=self._db_Ea.dtype)
+    def add_bias(self, expert: int, rows_Ra: Tensor, scores_R1: Tensor | None = None) -> None:
+        """Add the column sums of ``scores * rows`` to the bias gradient of ``expert``.
+
+        As products and a sum, which torch adds up in pairs: a matrix product's error would grow with the rows.
+        """
+        wide_Ra = rows_Ra.to(self._db_Ea.dtype)
+        self._db_Ea[expert] += (wide_Ra if scores_R1 is None else wide_Ra * scores_R1).sum(0)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The weight gradients (E, a, b) and bias gradients (E, a); experts without rows have zeros."""

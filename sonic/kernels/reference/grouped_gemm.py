@@ -49,9 +49,7 @@ def up_proj(
     for expert, start, stop in block.spans(expert_offset_E1, num_rows, num_experts):
         x_rD = block.rows(x_TD, token_of_row_R, start, stop)
         h_rU = h_RU[start:stop] if in_place else block.buffer("h", stop - start, width_u)
-        torch.mm(x_rD, weights[expert].t(), out=h_rU)
-        if b1_EU is not None:
-            h_rU += b1_EU[expert]
+        block.project(x_rD, weights[expert], b1_EU, expert, h_rU)
         if need_h and not in_place:
             h_RU[start:stop] = h_rU
         a_rN = block.output("a", a_RN, start, stop)
@@ -71,9 +69,7 @@ def down_proj(
     for expert, start, stop in block.spans(expert_offset_E1, a_RN.shape[0], num_experts, y_RD):
         a_rN = block.rows(a_RN, None, start, stop)
         y_rD = block.output("y", y_RD, start, stop)
-        torch.mm(a_rN, weights[expert].t(), out=y_rD)
-        if b2_ED is not None:
-            y_rD += b2_ED[expert]
+        block.project(a_rN, weights[expert], b2_ED, expert, y_rD)
         if row_scores_R is not None:
             y_rD *= block.column(row_scores_R, start, stop)
         block.store(y_rD, y_RD, start, stop)
@@ -163,7 +159,7 @@ def down_proj_bwd_weight(
             sums.add_weight(expert, dout_rD.t(), block.widened("a", scaled_a_RN[start:stop]))
         if need_bias:
             scores_r1 = None if row_scores_R is None else block.column(row_scores_R, start, stop)
-            sums.add_bias(expert, dout_rD if scores_r1 is None else scores_r1.t().mm(dout_rD))
+            sums.add_bias(expert, dout_rD, scores_r1)
     return sums.finish()
 
 

@@ -45,9 +45,7 @@ def experts(
     w1, w2 = block.weights(w1_EUD), block.weights(w2_EDN)
     for expert, start, stop in block.spans(expert_offset_E1, num_rows, num_experts):
         h_rU = block.output("h", h_RU, start, stop) if need_h else block.buffer("h", stop - start, width_u)
-        torch.mm(block.rows(x_TD, token_of_row_R, start, stop), w1[expert].t(), out=h_rU)
-        if b1_EU is not None:
-            h_rU += b1_EU[expert]
+        block.project(block.rows(x_TD, token_of_row_R, start, stop), w1[expert], b1_EU, expert, h_rU)
         if need_h:
             block.store(h_rU, h_RU, start, stop)
         a_rN = block.buffer("a", stop - start, width_n)
@@ -55,11 +53,10 @@ def experts(
         scores_r1 = None if row_scores_R is None else block.column(row_scores_R, start, stop)
         if scores_r1 is not None and b2_ED is None:
             a_rN *= scores_r1  # N values a row instead of D; the products are linear in it
-        y_rD = torch.mm(a_rN, w2[expert].t(), out=block.buffer("y", stop - start, width_d))
-        if b2_ED is not None:
-            y_rD += b2_ED[expert]
-            if scores_r1 is not None:
-                y_rD *= scores_r1
+        y_rD = block.buffer("y", stop - start, width_d)
+        block.project(a_rN, w2[expert], b2_ED, expert, y_rD)
+        if scores_r1 is not None and b2_ED is not None:
+            y_rD *= scores_r1
         total.add(y_rD, start, stop)
     return total.finish(), h_RU
 
@@ -103,9 +100,8 @@ def experts_bwd(
         if need_dw1 or h_RU is None:
             x_rD = block.rows(x_TD, token_of_row_R, start, stop, "x")
         if h_RU is None:
-            h_rU = torch.mm(x_rD, w1[expert].t(), out=block.buffer("h", size, width_u))
-            if b1_EU is not None:
-                h_rU += b1_EU[expert]
+            h_rU = block.buffer("h", size, width_u)
+            block.project(x_rD, w1[expert], b1_EU, expert, h_rU)
         else:
             h_rU = block.widened("h", h_RU[start:stop])
         da_rN = torch.mm(dout_rD, w2[expert], out=block.buffer("da", size, width_n))
@@ -117,7 +113,7 @@ def experts_bwd(
         if need_dw2:
             sums2.add_weight(expert, dout_rD.t(), a_rN)
         if need_db2:
-            sums2.add_bias(expert, dout_rD if scores_r1 is None else scores_r1.t().mm(dout_rD))
+            sums2.add_bias(expert, dout_rD, scores_r1)
         if need_dw1:
             sums1.add_weight(expert, dh_rU.t(), x_rD)
         if need_db1:
