@@ -154,6 +154,7 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (layer_of(lambda g: g.x.double()), "sonic.MoE: x is float64, expected float32 like w1"),
     (layer_of(lambda g: g.x.bfloat16()), "sonic.MoE: x is bfloat16, expected float32 like w1"),
     (layer_of(lambda g: g.x.long()), "sonic.MoE: x is int64, expected float32 like w1"),
+    (layer_of(lambda g: g.x.to("meta")), "sonic.MoE: x is on meta, expected on cpu like w1"),
     # ---- the shared expert
     (
         lambda g: SharedExpert(D, 0),
@@ -190,6 +191,7 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (lambda g: g.router(g.x[None]), "sonic.routing.router_logits: x is (1, 5, 8), expected (T, D)"),
     (lambda g: g.router(g.x.double()), "sonic.routing.router_logits: x is float64, expected float32 like weight"),
     (lambda g: g.router(None), "sonic.routing.router_logits: x is a NoneType, expected a tensor of shape (T, D)"),
+    (lambda g: g.router(g.x.to("meta")), "sonic.routing.router_logits: x is on meta, expected on cpu like weight"),
     # ---- sonic.moe_mlp: tokens
     (moe_mlp(x=lambda g: g.x[None]), "sonic.moe_mlp: x is (1, 5, 8), expected (T, D) = (5, D)"),
     (moe_mlp(x=lambda g: g.x[:4]), "sonic.moe_mlp: x is (4, 8), expected (T, D) = (5, D)"),
