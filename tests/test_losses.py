@@ -316,7 +316,7 @@ def test_two_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
     run_ranks(__file__, "check_losses_of_two_ranks", tmp_path)
 
 
-def run_ranks(file: str, function: str, folder: Path, num_ranks: int = 2, timeout: float = 120) -> None:
+def run_ranks(file: str, function: str, folder: Path, num_ranks: int = 2, timeout: float = 300) -> None:
     """Run ``function(rank)`` of a test file in processes of their own, joined by gloo; fail with what they print."""
     root = Path(file).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -332,14 +332,22 @@ def run_ranks(file: str, function: str, folder: Path, num_ranks: int = 2, timeou
         )
         for rank in range(num_ranks)
     ]
-    try:
-        told = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, text) in enumerate(zip(processes, told, strict=True)):
-        if process.returncode:
-            pytest.fail(f"rank {rank} ended with {process.returncode}:\n{text}", pytrace=False)
+    told, late = [], False
+    for process in processes:
+        try:
+            told.append(process.communicate(timeout=0 if late else timeout)[0])
+        except subprocess.TimeoutExpired:
+            late = True
+            for other in processes:
+                other.kill()
+            told.append(f"killed after {timeout:g} s\n" + process.communicate()[0])
+    faults = [
+        f"rank {rank} ended with {process.returncode}:\n{text}"
+        for rank, (process, text) in enumerate(zip(processes, told, strict=True))
+        if process.returncode
+    ]
+    if faults:
+        pytest.fail("\n".join(faults), pytrace=False)
 
 
 def be_a_rank(functions: dict[str, Any], function: str, store: str, num_ranks: str, rank: str) -> None:

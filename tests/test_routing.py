@@ -381,7 +381,7 @@ def test_repr_tells_sizes_and_what_is_not_default() -> None:
 
 
 def test_weight_is_drawn_as_linear_draws() -> None:
-    weight_ED = TopKRouter(64, 500, 2).weight
+    weight_ED = TopKRouter(64, 500, 2).weight.detach()
     assert weight_ED.abs().max() <= 1 / 8 and weight_ED.abs().max() > 0.99 / 8
     assert abs(float(weight_ED.std()) - (1 / 8) / 3**0.5) < 2e-3
 
