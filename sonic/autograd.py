@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "no_autocast", "refuse_double_backward"]
+__all__ = ["autocast_dtype", "graph_anchor", "no_autocast", "refuse_double_backward"]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -24,6 +24,11 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[objec
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def graph_anchor(tensor: Tensor) -> Tensor:
+    """An empty tensor that depends on ``tensor``: kept for backward, it ties a gradient to the graph at no memory."""
+    return tensor.narrow(0, 0, 0).clone()
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

@@ -344,7 +344,8 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     dtype = autocast_dtype(x.device)
     if dtype is None:
         return x, *weights
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *weights))
+    casts = (torch.bfloat16, torch.float16, torch.float32)
+    return tuple(t.to(dtype) if t is not None and t.dtype in casts else t for t in (x, *weights))
 
 
 def _check_experts(

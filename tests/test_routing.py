@@ -267,11 +267,6 @@ def test_the_gradient_of_a_gradient_is_refused(part: str) -> None:
         dx_TD.sum().backward()
 
 
-NOT_TIED = pytest.mark.xfail(
-    strict=True, reason="nothing that is kept depends on the logits, so the second gradient is 0"
-)
-
-
 @pytest.mark.parametrize("sourced", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -279,8 +274,8 @@ NOT_TIED = pytest.mark.xfail(
         {},
         {"pre_softmax": True},
         {"score_function": "sigmoid"},
-        pytest.param({"topk_scaling_factor": 2.5}, marks=NOT_TIED),
-        pytest.param({"score_function": "sigmoid", "norm_topk_prob": True}, marks=NOT_TIED),
+        {"topk_scaling_factor": 2.5},
+        {"score_function": "sigmoid", "norm_topk_prob": True},
     ],
     ids=str,
 )
@@ -294,7 +289,7 @@ def test_the_gradient_of_a_gradient_of_scores_alone_is_refused(options: dict[str
         (logits_TE.square().sum() + dlogits_TE.square().sum()).backward()
 
 
-@pytest.mark.parametrize("sourced", [False, pytest.param(True, marks=NOT_TIED)])
+@pytest.mark.parametrize("sourced", [False, True])
 def test_the_gradient_of_a_gradient_of_a_loss_alone_is_refused(sourced: bool) -> None:
     x_TD, weight_ED = torch.randn(T, D), torch.randn(E, D)
     logits_TE = (x_TD @ weight_ED.t()).requires_grad_()

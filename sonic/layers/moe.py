@@ -14,7 +14,7 @@ from sonic.functional import check_options, expert_mlp, moe_mlp, up_rows
 from sonic.routing.losses import attach_loss
 from sonic.routing.result import Routing
 from sonic.routing.topk import TopKRouter
-from sonic.shapes import argument_error, check_choice, check_positive, check_same
+from sonic.shapes import argument_error, check_choice, check_positive, check_same, check_shape
 
 __all__ = ["MoE", "SharedExpert", "set_aux_loss_scale"]
 
@@ -299,7 +299,9 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
         ValueError: ``model`` holds no MoE layer, or ``scale`` is negative or not finite.
     """
     where = "sonic.layers.set_aux_loss_scale"
-    if not isinstance(scale, Tensor) and not (math.isfinite(scale) and scale >= 0):
+    if isinstance(scale, Tensor):
+        check_shape(where, "scale", scale)
+    elif not (math.isfinite(scale) and scale >= 0):
         raise argument_error(where, "scale", scale, "a finite number >= 0")
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sonic.autograd import no_autocast, refuse_double_backward
+from sonic.autograd import graph_anchor, no_autocast, refuse_double_backward
 from sonic.kernels.ops import SCORE_FUNCTIONS
 from sonic.shapes import argument_error, check_choice, check_shape
 
@@ -92,7 +92,9 @@ def router_losses(
     check_shape(where, "tokens_per_expert", tokens_per_expert, E=logits.shape[1])
     share_E, token_weight = _shares(tokens_per_expert, logits, group)
     x_TD, weight_ED = (None, None) if source is None else (source[0].detach(), source[1].detach())
-    balance, z = _RouterLosses.apply(logits, x_TD, weight_ED, share_E, token_weight, score_function)
+    balance, z = _RouterLosses.apply(
+        logits, graph_anchor(logits), x_TD, weight_ED, share_E, token_weight, score_function
+    )
     return balance, z
 
 
@@ -124,6 +126,7 @@ class _RouterLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits_TE: Tensor,
+        anchor: Tensor,
         x_TD: Tensor | None,
         weight_ED: Tensor | None,
         share_E: Tensor,
@@ -132,7 +135,8 @@ class _RouterLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.score_function = score_function
         ctx.has_source = x_TD is not None
-        ctx.save_for_backward(*((x_TD, weight_ED) if ctx.has_source else (logits_TE,)), share_E, token_weight)
+        recompute = (x_TD, weight_ED) if ctx.has_source else (logits_TE,)
+        ctx.save_for_backward(anchor, *recompute, share_E, token_weight)
         wide_TE = logits_TE.to(share_E.dtype)
         log_total_T = torch.logsumexp(wide_TE, dim=-1)
         prob_TE = _probabilities(wide_TE, score_function)[0]
@@ -142,7 +146,7 @@ class _RouterLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dbalance: Tensor, dz: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes on access
-        *kept, share_E, token_weight = saved
+        _, *kept, share_E, token_weight = saved
         with torch.no_grad():
             logits_TE = logits_of(*kept) if ctx.has_source else kept[0]
             wide_TE = logits_TE.to(share_E.dtype)
@@ -158,7 +162,7 @@ class _RouterLosses(torch.autograd.Function):
             dlogits_TE += torch.exp(wide_TE - log_total_T1) * (2 * dz * token_weight * log_total_T1)
             dlogits_TE = dlogits_TE.to(logits_TE.dtype)
         (dlogits,) = refuse_double_backward("sonic.routing.load_balancing_loss", (dlogits_TE,), (dbalance, dz, *saved))
-        return dlogits, None, None, None, None, None  # logits; x, weight, share, token_weight, score_function
+        return dlogits, *(None,) * 6  # logits; anchor, x, weight, share, token_weight, score_function
 
 
 class _AttachLoss(torch.autograd.Function):

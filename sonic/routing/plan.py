@@ -126,7 +126,7 @@ class RoutingPlan:
         return self.expert_offset_E1.diff()
 
     def rows_with_padding(self, tile_rows: int) -> Tensor:
-        """Rows that a grouped GEMM computes when each expert is padded to whole tiles: 0-dim int32.
+        """Rows that a grouped GEMM computes when each expert is padded to whole tiles: 0-dim int64.
 
         Args:
             tile_rows: M.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sonic.autograd import autocast_dtype, no_autocast, refuse_double_backward
+from sonic.autograd import autocast_dtype, graph_anchor, no_autocast, refuse_double_backward
 from sonic.kernels import ops
 from sonic.routing.losses import Group, logits_of, router_losses
 from sonic.routing.plan import RoutingPlan
@@ -104,7 +104,8 @@ class TopKRouter(nn.Module):
             x_TD: (T, D) tokens of the weight's dtype (any floating dtype under autocast); T may be 0.
 
         Returns:
-            The decision, with ``scores`` (T, K), ``logits`` (T, E) and ``aux_loss`` (0-dim) differentiable.
+            The decision, with ``scores`` (T, K), ``logits`` (T, E) and ``aux_loss`` (0-dim) differentiable. With an
+            ``aux_loss_group`` the losses are left out in eval mode, where the ranks may not all come by.
 
         Raises:
             ValueError: ``x_TD`` does not fit the weight.
@@ -123,7 +124,8 @@ class TopKRouter(nn.Module):
         )
         plan = RoutingPlan.from_topk(expert_TK, self.num_experts, backend=self.backend)
         aux_loss = logits_TE.new_zeros(())
-        if self.aux_loss_coeff or self.z_loss_coeff:
+        is_collective = self.aux_loss_group is not None
+        if (self.aux_loss_coeff or self.z_loss_coeff) and (self.training or not is_collective):
             balance, z = router_losses(
                 logits_TE,
                 plan.tokens_per_expert(),
@@ -201,7 +203,16 @@ def topk_scores(
     """
     x_TD, weight_ED = (None, None) if source is None else (source[0].detach(), source[1].detach())
     scores_TK, expert_TK = _TopKScores.apply(
-        logits, x_TD, weight_ED, top_k, score_function, pre_softmax, norm_topk_prob, topk_scaling_factor, backend
+        logits,
+        graph_anchor(logits),
+        x_TD,
+        weight_ED,
+        top_k,
+        score_function,
+        pre_softmax,
+        norm_topk_prob,
+        topk_scaling_factor,
+        backend,
     )
     return scores_TK, expert_TK
 
@@ -230,6 +241,7 @@ class _TopKScores(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits_TE: Tensor,
+        anchor: Tensor,
         x_TD: Tensor | None,
         weight_ED: Tensor | None,
         top_k: int,
@@ -250,13 +262,13 @@ class _TopKScores(torch.autograd.Function):
         ctx.has_source = x_TD is not None
         ctx.num_experts, ctx.logits_dtype = logits_TE.shape[1], logits_TE.dtype
         recompute = ((x_TD, weight_ED) if ctx.has_source else (logits_TE,)) if ctx.over_all_experts else ()
-        ctx.save_for_backward(expert_TK, prob_TK, *recompute)
+        ctx.save_for_backward(anchor, expert_TK, prob_TK, *recompute)
         ctx.mark_non_differentiable(expert_TK)
         return scores_TK, expert_TK
 
     @staticmethod
     def backward(ctx: Any, dscores_TK: Tensor, _: Tensor) -> Any:
-        expert_TK, prob_TK, *kept = ctx.saved_tensors  # once: activation checkpointing recomputes on access
+        anchor, expert_TK, prob_TK, *kept = ctx.saved_tensors  # once: activation checkpointing recomputes on access
         with torch.no_grad():
             dprob_TK = dscores_TK * ctx.scaling_factor
             if ctx.score_function == "sigmoid":
@@ -276,5 +288,7 @@ class _TopKScores(torch.autograd.Function):
             else:
                 dlogits_TE = prob_TK.new_zeros(prob_TK.shape[0], ctx.num_experts)
             dlogits_TE = dlogits_TE.scatter_add(1, expert_TK.long(), dchosen_TK).to(ctx.logits_dtype)
-        (dlogits,) = refuse_double_backward("sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, prob_TK, *kept))
-        return dlogits, None, None, None, None, None, None, None, None  # logits; the rest are options and sources
+        (dlogits,) = refuse_double_backward(
+            "sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, anchor, prob_TK, *kept)
+        )
+        return dlogits, *(None,) * 9  # logits; the rest are the anchor, sources and options

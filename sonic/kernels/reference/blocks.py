@@ -63,7 +63,7 @@ class Block:
         self.dtype = compute_dtype(like)
         self._like = like
         self._buffers: dict[str, Tensor] = {}
-        self._max_rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (width * self.dtype.itemsize))
+        self._max_rows = max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (max(width, 1) * self.dtype.itemsize))
         if contraction and self.dtype.itemsize == 2:
             self._max_rows = max(_MAX_16BIT_CONTRACTION_ROWS, self._max_rows)
 
