@@ -316,6 +316,15 @@ def test_two_processes_learn_what_one_learns_and_stop_together(text: Path, longe
     assert two[-1]["heldout_bits_per_byte"] == pytest.approx(one[-1]["heldout_bits_per_byte"], rel=0.05)
 
 
+def test_a_finished_run_reports_again_even_without_its_log(text: Path, unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "moe").mkdir()
+    name = f"step_{STEPS:08d}.pt"
+    (tmp_path / "moe" / name).write_bytes((unbroken / "moe" / name).read_bytes())
+    assert train(text, tmp_path, "--resume") == 0
+    figures = [json.loads((out / "summary.json").read_text())["runs"]["moe"] for out in (tmp_path, unbroken)]
+    assert figures[0] == figures[1]
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(
     text: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,8 +76,11 @@ def write_report(folder: Path, results: list[Result], config: dict[str, Any]) ->
     path = folder / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     tokens_per_step = config["batch_size"] * config["seq_len"]
-    written = [path, plot_loss(folder / "loss_curve.png", results, tokens_per_step=tokens_per_step)]
-    written += [plot_load(folder / "expert_load.png", result.rows) for result in results if result.name == "moe"]
+    written = [path]
+    drawn = [result for result in results if result.rows]  # a log may have been lost; its checkpoints do without
+    if drawn:
+        written.append(plot_loss(folder / "loss_curve.png", drawn, tokens_per_step=tokens_per_step))
+    written += [plot_load(folder / "expert_load.png", result.rows) for result in drawn if result.name == "moe"]
     return written
 
 
@@ -114,11 +117,11 @@ def plot_loss(path: Path, results: list[Result], *, tokens_per_step: int) -> Pat
     """Bits per byte of every run, on the training text and on the held-out files, over bytes seen and over time."""
     figure = _figure(11, 4.6)
     by_bytes, by_time = figure.subplots(1, 2, sharey=True)
-    top = 0.0
+    low, high = 8.0, 0.0
     for result in results:
         colour, name = COLOURS[result.name], NAMES[result.name]
         bits = [row["bits_per_byte"] for row in result.rows]
-        smooth = _smooth(bits, max(1, len(bits) // 50))
+        smooth = _smooth(bits, max(1, len(bits) // 30))
         tested = [row for row in result.rows if "heldout_bits_per_byte" in row]
         heldout = [row["heldout_bits_per_byte"] for row in tested]
         for axes, field, unit in ((by_bytes, "step", 1e6 / tokens_per_step), (by_time, "seconds", 1.0)):
@@ -128,15 +131,18 @@ def plot_loss(path: Path, results: list[Result], *, tokens_per_step: int) -> Pat
             x = [row[field] / unit for row in tested]
             label = f"{name}, held-out files"
             axes.plot(x, heldout, color=colour, linestyle="--", marker="o", markersize=4.5, label=label)
-        top = max(top, smooth[min(len(smooth) - 1, len(smooth) // 20)])
-    by_bytes.set_ylim(top=top)  # the first steps, at 8 bits per byte, would flatten the rest
+            # The last value beside its point, which stands at the right end, where there is room for it.
+            axes.annotate(f" {heldout[-1]:.3f}", (x[-1], heldout[-1]), color=colour, va="center", fontweight="bold")
+            axes.margins(x=0.06)
+        low, high = min(low, *smooth, *heldout), max(high, smooth[len(smooth) // 12])
+    by_bytes.set_ylim(low - 0.1, high + 0.1)  # the first steps, at 8 bits per byte, would flatten the rest
     by_bytes.set_ylabel("bits per byte")
     by_bytes.set_xlabel("training bytes seen (millions)")
     by_time.set_xlabel("training time (seconds)")
     by_bytes.legend(frameon=False)
     for axes in (by_bytes, by_time):
         _polish(axes)
-    figure.suptitle("Language model on bytes: training and held-out text")
+    figure.suptitle("Language model over bytes: " + ", ".join(map(_describe, results)))
     figure.savefig(path)
     return path
 
@@ -148,7 +154,7 @@ def plot_load(path: Path, rows: list[dict[str, Any]], *, columns: int = 200) -> 
     groups = torch.tensor_split(load, min(columns, len(rows)))
     share = torch.stack([group.mean(0) for group in groups], dim=1)  # (layers * experts, columns)
     share = share / share.view(layers, experts, -1).mean(1).repeat_interleave(experts, dim=0).clamp(min=1e-9)
-    figure = _figure(11, 1.6 + max(3.0, layers * experts * 0.06))
+    figure = _figure(11, 1.6 + min(max(3.0, layers * experts * 0.06), 12.0))
     axes = figure.subplots()
     # Colours run over doublings, 1/4 to 4 times an equal share: half the share is as far from white as twice the share.
     image = axes.imshow(
@@ -169,7 +175,7 @@ def plot_load(path: Path, rows: list[dict[str, Any]], *, columns: int = 200) -> 
     bar = figure.colorbar(image, ax=axes, pad=0.015)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ ¼", "½", "1", "2", "≥ 4"])
     bar.set_label("tokens of the expert / equal share")
-    figure.suptitle("Expert load")
+    figure.suptitle("Expert load: each row is an expert, white is a fair share")
     figure.savefig(path)
     return path
 
@@ -183,7 +189,12 @@ def _figure(width: float, height: float) -> Figure:
 def _polish(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.02)
+
+
+def _describe(result: Result) -> str:
+    """Name and size of a model, for a title."""
+    total, active = (f"{result.parameters[kind] / 1e6:.2f}" for kind in ("total", "active"))
+    return f"{NAMES[result.name]} ({total} M parameters" + (f", {active} M active)" if active != total else ")")
 
 
 def _smooth(values: list[float], window: int) -> list[float]:
