@@ -171,7 +171,7 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (router(top_k=6), "sonic.routing.TopKRouter: top_k is 6, expected at most num_experts = 4"),
     (
         router(score_function="tanh"),
-        "sonic.routing.TopKRouter: score_function is 'tanh', expected one of 'softmax', 'sigmoid'",
+        "sonic.routing.TopKRouter: score_function is 'tanh', expected one of 'softmax', 'sigmoid', 'sqrtsoftplus'",
     ),
     (
         router(score_function="sigmoid", pre_softmax=True),
@@ -188,9 +188,9 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
         router(topk_scaling_factor=nan),
         "sonic.routing.TopKRouter: topk_scaling_factor is nan, expected a finite number > 0",
     ),
-    (lambda g: g.router(g.x[None]), "sonic.routing.router_logits: x is (1, 5, 8), expected (T, D)"),
+    (lambda g: g.router(g.x[None]), "sonic.routing.TopKRouter: x_TD is (1, 5, 8), expected (T, D) = (T, 8)"),
     (lambda g: g.router(g.x.double()), "sonic.routing.router_logits: x is float64, expected float32 like weight"),
-    (lambda g: g.router(None), "sonic.routing.router_logits: x is a NoneType, expected a tensor of shape (T, D)"),
+    (lambda g: g.router(None), "sonic.routing.TopKRouter: x_TD is a NoneType, expected a tensor of shape (T, D)"),
     (lambda g: g.router(g.x.to("meta")), "sonic.routing.router_logits: x is on meta, expected on cpu like weight"),
     # ---- sonic.moe_mlp: tokens
     (moe_mlp(x=lambda g: g.x[None]), "sonic.moe_mlp: x is (1, 5, 8), expected (T, D) = (5, D)"),
@@ -359,7 +359,7 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     ),
     (
         lambda g: load_balancing_loss(g.logits, torch.ones(E), score_function="tanh"),
-        "sonic.routing.load_balancing_loss: score_function is 'tanh', expected one of 'softmax', 'sigmoid'",
+        "sonic.routing.load_balancing_loss: score_function is 'tanh', expected one of 'softmax', 'sigmoid', 'sqrtsoftplus'",
     ),
     (
         lambda g: load_balancing_loss(g.logits, torch.ones(E), group="all"),

@@ -366,8 +366,8 @@ def test_figures_on_a_gpu_wait_for_nothing() -> None:
     with Pretend():
         metrics = RoutingMetrics(plan)
         figures = [*dict(metrics).values(), metrics.padding_waste(16)]
-        topk_softmax(torch.randn(3, 4), 2, "softmax", True, False, 1.0)
-    assert len(figures) == 4
+        topk_softmax(torch.randn(3, 4), 2, "softmax", True, False, 1.0, None, 1, 1)
+    assert len(figures) == 9
 
 
 @pytest.mark.parametrize(

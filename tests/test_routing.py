@@ -343,12 +343,32 @@ def test_routing_holds_together() -> None:
 def test_metrics_read_as_attributes_and_as_a_mapping() -> None:
     plan = RoutingPlan.from_topk(torch.tensor([[0, 1], [0, 2], [0, 3], [0, 1]]), 5)
     metrics = RoutingMetrics(plan, num_requested=10)
-    assert set(metrics) == {"tokens_per_expert", "max_over_mean_load", "dropped"} and len(metrics) == 3
+    assert set(metrics) == {
+        "tokens_per_expert",
+        "max_over_mean_load",
+        "load_violation",
+        "dead_experts",
+        "load_entropy",
+        "dropped",
+        "padded",
+        "moved",
+    }
+    assert len(metrics) == 8 and metrics == metrics and metrics != RoutingMetrics(plan)
     for name, value in metrics.items():
         assert isinstance(value, Tensor) and torch.equal(value, getattr(metrics, name))
     assert metrics["tokens_per_expert"].tolist() == [4, 2, 1, 1, 0]
     assert metrics["max_over_mean_load"] == 4 / (8 / 5) and metrics["max_over_mean_load"].dtype == torch.float32
     assert metrics["dropped"] == 2 and RoutingMetrics(plan).dropped == 0
+    assert metrics["padded"] == 0 and float(metrics["moved"]) == pytest.approx(0.2) and metrics["dead_experts"] == 1
+    assert float(metrics["load_violation"]) == pytest.approx(1.5)
+    shares = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    assert float(metrics["load_entropy"]) == pytest.approx(float(-(shares * shares.log()).sum() / math.log(5)))
+    with pytest.raises(AttributeError, match="entropy needs the logits"):
+        metrics.entropy  # noqa: B018
+    logits = torch.randn(7, 5)
+    share = logits.softmax(-1)
+    entropy = RoutingMetrics(plan, logits=logits).entropy
+    assert float(entropy) == pytest.approx(float(-(share * share.log()).sum(-1).mean()), rel=1e-5)
     assert float(metrics.padding_waste(4)) == 1 - 8 / 16 and float(metrics.padding_waste(1)) == 0
     assert "padding_waste" not in metrics
     with pytest.raises(KeyError):

@@ -38,6 +38,7 @@ __all__ = [
     "reset_counts",
     "run",
     "select",
+    "tile_rows",
     "unusable_reasons",
 ]
 
@@ -276,6 +277,16 @@ def run(request: Request, backend: str | None, *args: Any, **kwargs: Any) -> Any
         with torch.autocast(request.device_type, enabled=False):
             return kernel(*args, **kwargs)
     return kernel(*args, **kwargs)
+
+
+def tile_rows(request: Request, backend: str | None = None) -> int:
+    """Row tile M that the backend which :func:`select` names uses for ``request``; 1 = no padding.
+
+    Raises:
+        ValueError, UnsupportedError: as :func:`select`.
+    """
+    rows: int = _load(select(request, backend)).tile_rows(request)
+    return rows
 
 
 def _insisted(where: str, backend: str | None) -> tuple[str | None, str]:

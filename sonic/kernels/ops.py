@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from sonic.kernels import dispatch
-from sonic.shapes import argument_error, check_choice, check_dtype, check_integer, check_same, check_shape
+from sonic.shapes import (
+    argument_error,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_positive,
+    check_same,
+    check_shape,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,6 +42,8 @@ __all__ = [
     "GLU_LAYOUTS",
     "SCORE_FUNCTIONS",
     "build_plan",
+    "check_backend",
+    "check_groups",
     "combine",
     "down_proj",
     "down_proj_bwd_input",
@@ -41,6 +51,7 @@ __all__ = [
     "experts",
     "experts_bwd",
     "is_gated",
+    "tile_rows",
     "topk_softmax",
     "up_proj",
     "up_proj_bwd_input",
@@ -50,7 +61,7 @@ __all__ = [
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai")
 ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2", "silu")
 GLU_LAYOUTS = ("concatenated", "interleaved")
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INT32 = (torch.int32,)
@@ -690,21 +701,34 @@ def topk_softmax(
     pre_softmax: bool = False,
     norm_topk_prob: bool = False,
     scaling_factor: float = 1.0,
+    expert_bias_E: Optional[Tensor] = None,
+    num_groups: int = 1,
+    group_topk: int = 1,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the K largest logits per token and turn them into scores.
+    """Choose K experts per token and turn their logits into scores.
+
+    Chosen are the K largest *preferences*: the logits, unless a bias or groups are given. With a bias they are the
+    probabilities (score function of the logits, softmax over all E) plus the bias; with groups alone the probabilities
+    where ``score_function`` or ``pre_softmax`` make some, else the logits. With ``num_groups`` > 1 the experts are cut
+    into that many equal runs, and only those of the ``group_topk`` best runs can be chosen; a run is as good as the sum
+    of its ``max(1, K // group_topk)`` largest preferences. The bias chooses; it never enters the scores.
 
     Args:
-        logits_TE: any floating dtype.
-        top_k: K, at most E.
-        score_function: ``"softmax"`` or ``"sigmoid"``.
+        logits_TE: any floating dtype. -inf is an expert that a token cannot choose while there are others; a token with
+            NaN or +inf gets NaN scores, and harms no other.
+        top_k: K, at most E, and at most the experts of ``group_topk`` groups.
+        score_function: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``, sqrt(log(1 + exp(logit))).
         pre_softmax: softmax over all E experts, then choose; else choose, then softmax over the K chosen. Softmax only.
         norm_topk_prob: divide the K scores by their sum.
         scaling_factor: multiplies the finished scores.
+        expert_bias_E: float32 or the dtype of the scores.
+        num_groups: divides E.
+        group_topk: groups that a token may reach, at most ``num_groups``.
         backend: insist on a backend.
 
     Returns:
-        scores_TK: float32 (float64 for float64 logits), largest first.
+        scores_TK: float32 (float64 for float64 logits), largest preference first.
         expert_TK: int32.
         prob_TK: the chosen probabilities before normalisation and scaling, dtype of the scores; backward needs them.
 
@@ -713,11 +737,12 @@ def topk_softmax(
     Raises:
         ValueError: shapes, dtypes or names do not fit; no backend can serve.
     """
-    _check_topk(logits_TE, top_k, score_function)
+    _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk)
     request = dispatch.request_of(
         "topk_softmax", logits_TE, num_rows=logits_TE.shape[0] * top_k, num_experts=logits_TE.shape[1]
     )
-    return dispatch.run(request, backend, logits_TE, top_k, score_function, pre_softmax, norm_topk_prob, scaling_factor)
+    options = (score_function, pre_softmax, norm_topk_prob, scaling_factor, expert_bias_E, num_groups, group_topk)
+    return dispatch.run(request, backend, logits_TE, top_k, *options)
 
 
 @topk_softmax.register_fake
@@ -728,9 +753,12 @@ def _(
     pre_softmax=False,
     norm_topk_prob=False,
     scaling_factor=1.0,
+    expert_bias_E=None,
+    num_groups=1,
+    group_topk=1,
     backend=None,
 ):
-    _check_topk(logits_TE, top_k, score_function)
+    _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk)
     size = (logits_TE.shape[0], top_k)
     dtype = torch.promote_types(logits_TE.dtype, torch.float32)
     scores_TK = logits_TE.new_empty(size, dtype=dtype)
@@ -925,13 +953,56 @@ def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
     _check_row_scores("combine", row_scores_R, y_RD, y_RD.shape[0])
 
 
-def _check_topk(logits_TE, top_k, score_function):
+def _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk):
     where = "sonic.topk_softmax"
     check_shape(where, "logits_TE", logits_TE, T=None, E=None)
     check_dtype(where, "logits_TE", logits_TE, _FLOATS)
     check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
-    if not 1 <= top_k <= logits_TE.shape[1]:
-        raise argument_error(where, "top_k", top_k, f"1 to num_experts = {logits_TE.shape[1]}")
+    num_experts = logits_TE.shape[1]
+    if not 1 <= top_k <= num_experts:
+        raise argument_error(where, "top_k", top_k, f"1 to num_experts = {num_experts}")
+    check_groups(where, num_experts, top_k, num_groups, group_topk)
+    if expert_bias_E is not None:
+        check_shape(where, "expert_bias_E", expert_bias_E, E=num_experts)
+        check_same(where, ("logits_TE", logits_TE), (("expert_bias_E", expert_bias_E),), dtype=False)
+
+
+def check_backend(where: str, backend: str | None) -> None:
+    """Refuse a backend that does not exist.
+
+    Raises:
+        ValueError: listing the backends.
+    """
+    if backend is not None:
+        check_choice(where, "backend", backend, dispatch.backends())
+
+
+def check_groups(where: str, num_experts: int, top_k: int, num_groups: int, group_topk: int) -> None:
+    """Refuse groups that do not divide the experts, or that hold too few of them.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_positive(where, num_groups=num_groups, group_topk=group_topk)
+    if num_experts % num_groups:
+        raise argument_error(where, "num_groups", num_groups, f"a divisor of num_experts = {num_experts}")
+    if group_topk > num_groups:
+        raise argument_error(where, "group_topk", group_topk, f"at most num_groups = {num_groups}")
+    reach = num_experts // num_groups * group_topk
+    if top_k > reach:
+        raise argument_error(where, "top_k", top_k, f"at most the {reach} experts of group_topk = {group_topk} groups")
+
+
+def tile_rows(tensor: Tensor, num_rows: int, num_experts: int, backend: str | None = None) -> int:
+    """Row tile M that the up projection pads each expert to, on the device and dtype of ``tensor`` (T, D); 1: none.
+
+    Raises:
+        ValueError: no backend can serve.
+    """
+    request = dispatch.request_of(
+        "up_proj", tensor, num_rows=num_rows, num_experts=num_experts, hidden_size=tensor.shape[1]
+    )
+    return dispatch.tile_rows(request, backend)
 
 
 def _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):

@@ -1,9 +1,8 @@
 """Balancing losses, and how a loss reaches backward by itself.
 
-Both losses need the softmax over all experts in backward. A (T, E) table is not kept for that: given ``source=(x,
-weight)`` the logits are computed again from the tokens, which are kept anyway, for 2 T D E FLOP (0.7% of the experts'
-work at E = 128, K = 8, N
-= 256).
+The losses need the probabilities of all experts in backward. A (T, E) table is not kept for that: given ``source`` the
+logits are computed again from the tokens, which are kept anyway, for 2 T D E FLOP (0.7% of the experts' work at
+E = 128, K = 8, N = 256).
 """
 
 from __future__ import annotations
@@ -14,11 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sonic.autograd import graph_anchor, no_autocast, refuse_double_backward
+from sonic.autograd import graph_anchor, refuse_double_backward
 from sonic.kernels.ops import SCORE_FUNCTIONS
-from sonic.shapes import argument_error, check_choice, check_shape
+from sonic.routing.scores import Source, logits_of, pointwise_slope, probabilities
+from sonic.shapes import argument_error, check_choice, check_integer, check_shape
 
-__all__ = ["attach_loss", "load_balancing_loss", "logits_of", "router_losses", "router_z_loss"]
+__all__ = [
+    "Group",
+    "attach_loss",
+    "check_group",
+    "load_balancing_loss",
+    "process_group_of",
+    "router_losses",
+    "router_z_loss",
+    "sequence_load",
+]
 
 Group = Any  # a torch.distributed ProcessGroup, "world", or None
 
@@ -29,35 +38,42 @@ def load_balancing_loss(
     *,
     score_function: str = "softmax",
     group: Group = None,
-    source: tuple[Tensor, Tensor] | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """Switch load-balancing loss ``E * sum over e of f_e * P_e``; 1 at perfect balance.
 
     f_e is the share of the routed rows that expert e got (no gradient), P_e the mean over tokens of its probability:
-    softmax of the logits, or sigmoid over its sum.
+    softmax of the logits, or the score function over its sum.
+
+    Which rows are counted makes three losses of it:
+
+    - *switch*: those of these tokens, ``tokens_per_expert`` (E,);
+    - *sequence-wise*: each sequence is balanced by itself, and the mean is taken over the sequences:
+      ``tokens_per_expert`` (B, E), from :func:`sequence_load`, for B sequences of T / B tokens, one after the other;
+    - *global-batch*: ``tokens_per_expert`` (E,) of more tokens than these: of earlier micro-batches of the same batch
+      (``TopKRouter(aux_loss_type="global")`` counts them), or of all ranks, with ``group``.
 
     Args:
         logits: (T, E).
-        tokens_per_expert: (E,) rows of each expert.
-        score_function: ``"softmax"`` or ``"sigmoid"``.
+        tokens_per_expert: (E,) or (B, E) rows of each expert; B divides T.
+        score_function: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``.
         group: ranks whose tokens are balanced together: a process group, ``"world"`` (a single process if none is
-            initialised), or None for this rank alone. f_e is summed over the group and P_e scaled so that the *mean
-            over the group's ranks* of this
-            loss, and so of its gradients as data-parallel training averages them, is the loss of all their tokens
-            together, also where
-            ranks hold different numbers of tokens.
-        source: (x (T, D), weight (E, D)) from which backward computes the logits again; without, the logits are kept (4
-            T E bytes).
+            initialised), or None for this rank alone. f_e is summed over the group (not if sequence-wise), and P_e is
+            scaled so that the *mean over the group's ranks* of this loss, and so of its gradients as data-parallel
+            training averages them, is the loss of all their tokens together, also where ranks hold different numbers.
+        source: from which backward computes the logits again; without, the logits are kept (4 T E bytes).
 
     Raises:
         ValueError: shapes or names do not fit.
 
     Source: Fedus et al., Switch Transformers (arXiv:2101.03961), equations 4 to 6; over K choices as in Megatron-core.
+    Sequence-wise: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2. Global batch: Qiu et al. (arXiv:2501.11873).
     """
-    return router_losses(logits, tokens_per_expert, score_function=score_function, group=group, source=source)[0]
+    where = "sonic.routing.load_balancing_loss"
+    return _losses(where, logits, tokens_per_expert, score_function, group, source)[0]
 
 
-def router_z_loss(logits: Tensor, *, group: Group = None, source: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def router_z_loss(logits: Tensor, *, group: Group = None, source: Source | None = None) -> Tensor:
     """Mean over tokens of ``logsumexp(logits)²``, which keeps the logits small.
 
     Args:
@@ -70,8 +86,7 @@ def router_z_loss(logits: Tensor, *, group: Group = None, source: tuple[Tensor, 
 
     Source: Zoph et al., ST-MoE (arXiv:2202.08906), equation 5.
     """
-    count_E = torch.zeros(logits.shape[-1], device=logits.device)
-    return router_losses(logits, count_E, group=group, source=source)[1]
+    return _losses("sonic.routing.router_z_loss", logits, None, "softmax", group, source)[1]
 
 
 def router_losses(
@@ -80,27 +95,40 @@ def router_losses(
     *,
     score_function: str = "softmax",
     group: Group = None,
-    source: tuple[Tensor, Tensor] | None = None,
+    source: Source | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(:func:`load_balancing_loss`, :func:`router_z_loss`) in one pass over the logits, and one in backward.
 
     Arguments as there.
     """
-    where = "sonic.routing.load_balancing_loss"
-    check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
-    check_shape(where, "logits", logits, T=None, E=None)
-    check_shape(where, "tokens_per_expert", tokens_per_expert, E=logits.shape[1])
-    share_E, token_weight = _shares(tokens_per_expert, logits, group)
-    x_TD, weight_ED = (None, None) if source is None else (source[0].detach(), source[1].detach())
-    balance, z = _RouterLosses.apply(
-        logits, graph_anchor(logits), x_TD, weight_ED, share_E, token_weight, score_function
-    )
-    return balance, z
+    return _losses("sonic.routing.router_losses", logits, tokens_per_expert, score_function, group, source)
+
+
+def sequence_load(expert_index: Tensor, num_sequences: int, num_experts: int) -> Tensor:
+    """Rows of each expert in each sequence: (B, E) int64.
+
+    Args:
+        expert_index: (T, K) integer, the tokens of B sequences of equal length, one sequence after the other.
+        num_sequences: B, a divisor of T.
+        num_experts: E.
+
+    Raises:
+        ValueError: shapes or sizes do not fit.
+    """
+    where = "sonic.routing.sequence_load"
+    check_integer(where, "expert_index", expert_index)
+    check_shape(where, "expert_index", expert_index, T=None, K=None)
+    num_tokens = expert_index.shape[0]
+    if num_sequences < 1 or num_tokens % num_sequences:
+        raise argument_error(where, "num_sequences", num_sequences, f"a divisor of T = {num_tokens}")
+    sequence_B1 = torch.arange(num_sequences, device=expert_index.device)[:, None]
+    place_BP = expert_index.reshape(num_sequences, -1).long() + sequence_B1 * num_experts
+    load_F = place_BP.new_zeros(num_sequences * num_experts)
+    return load_F.index_add_(0, place_BP.flatten(), place_BP.new_ones(place_BP.numel())).view(num_sequences, -1)
 
 
 def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
-    """Return ``carrier`` unchanged; whatever is later differentiated through it also adds the gradient of ``1.0 *
-    loss``.
+    """Return ``carrier`` unchanged; what is later differentiated through it also adds the gradient of ``loss``.
 
     Args:
         carrier: any tensor on the way to the training loss, such as the router's scores.
@@ -114,11 +142,59 @@ def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
     return attached
 
 
-def logits_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """``x @ weight.T`` in at least float32, as no autograd sees it: (T, E)."""
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    with no_autocast(x_TD.device):
-        return torch.mm(x_TD.to(wide), weight_ED.to(wide).t())
+def check_group(where: str, argument: str, group: Group) -> None:
+    """Refuse what is no process group, ``"world"`` or None.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
+    if not (group is None or is_group or (isinstance(group, str) and group == "world")):
+        raise argument_error(where, argument, repr(group), "a process group, 'world' or None")
+
+
+def process_group_of(where: str, argument: str, group: Group) -> tuple[Any, int]:
+    """The process group to hand to a collective, and its number of ranks: 1 where there is nobody to talk to.
+
+    Raises:
+        ValueError: as :func:`check_group`.
+    """
+    check_group(where, argument, group)
+    if group is None or not (dist.is_available() and dist.is_initialized()):
+        return None, 1
+    process_group = dist.group.WORLD if isinstance(group, str) else group
+    return process_group, dist.get_world_size(process_group)
+
+
+def _losses(
+    where: str,
+    logits: Tensor,
+    tokens_per_expert: Tensor | None,
+    score_function: str,
+    group: Group,
+    source: Source | None,
+) -> tuple[Tensor, Tensor]:
+    check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
+    check_shape(where, "logits", logits, T=None, E=None)
+    num_tokens, num_experts = logits.shape
+    if tokens_per_expert is None:
+        tokens_per_expert = torch.zeros(num_experts, device=logits.device)
+    elif isinstance(tokens_per_expert, Tensor) and tokens_per_expert.ndim == 2:
+        check_shape(where, "tokens_per_expert", tokens_per_expert, B=None, E=num_experts)
+        num_sequences = tokens_per_expert.shape[0]
+        if num_sequences == 0 or num_tokens % num_sequences:
+            wanted = f"(B, E) with B a divisor of T = {num_tokens}"
+            raise argument_error(where, "tokens_per_expert", tuple(tokens_per_expert.shape), wanted)
+    else:
+        check_shape(where, "tokens_per_expert", tokens_per_expert, E=num_experts)
+    share_BE, token_weight = _shares(where, tokens_per_expert, logits, group)
+    x_TD = weight_ED = bias_E = None
+    if source is not None:
+        x_TD, weight_ED, bias_E = (*(part if part is None else part.detach() for part in source), None)[:3]
+    balance, z = _RouterLosses.apply(
+        logits, graph_anchor(logits), x_TD, weight_ED, bias_E, share_BE, token_weight, score_function
+    )
+    return balance, z
 
 
 class _RouterLosses(torch.autograd.Function):
@@ -129,40 +205,44 @@ class _RouterLosses(torch.autograd.Function):
         anchor: Tensor,
         x_TD: Tensor | None,
         weight_ED: Tensor | None,
-        share_E: Tensor,
+        bias_E: Tensor | None,
+        share_BE: Tensor,
         token_weight: Tensor,
         score_function: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.score_function = score_function
         ctx.has_source = x_TD is not None
-        recompute = (x_TD, weight_ED) if ctx.has_source else (logits_TE,)
-        ctx.save_for_backward(anchor, *recompute, share_E, token_weight)
-        wide_TE = logits_TE.to(share_E.dtype)
+        recompute = (x_TD, weight_ED, bias_E) if ctx.has_source else (logits_TE,)
+        ctx.save_for_backward(anchor, share_BE, token_weight, *recompute)
+        wide_TE = logits_TE.to(share_BE.dtype)
         log_total_T = torch.logsumexp(wide_TE, dim=-1)
-        prob_TE = _probabilities(wide_TE, score_function)[0]
-        balance = prob_TE.shape[1] * token_weight * torch.dot(prob_TE.sum(0), share_E)
+        prob_TE = _shares_of_token(wide_TE, score_function)[0]
+        prob_sum_BE = prob_TE.view(_by_sequence(prob_TE, share_BE)).sum(1)
+        balance = prob_TE.shape[1] * token_weight * torch.sum(prob_sum_BE * share_BE)
         return balance, token_weight * log_total_T.square().sum()
 
     @staticmethod
     def backward(ctx: Any, dbalance: Tensor, dz: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes on access
-        _, *kept, share_E, token_weight = saved
+        _, share_BE, token_weight, *kept = saved
         with torch.no_grad():
             logits_TE = logits_of(*kept) if ctx.has_source else kept[0]
-            wide_TE = logits_TE.to(share_E.dtype)
-            slope_E = dbalance * wide_TE.shape[1] * token_weight * share_E
-            prob_TE, total_T1 = _probabilities(wide_TE, ctx.score_function)
-            dprob_TE = slope_E - torch.mv(prob_TE, slope_E)[:, None]  # through the division by the sum
-            if ctx.score_function == "sigmoid":
-                sigmoid_TE = prob_TE * total_T1
-                dlogits_TE = dprob_TE / total_T1 * sigmoid_TE * (1 - sigmoid_TE)
-            else:
+            wide_TE = logits_TE.to(share_BE.dtype)
+            num_tokens, num_experts = wide_TE.shape
+            slope_B1E = (dbalance * num_experts * token_weight * share_BE)[:, None]
+            prob_TE, total_T1 = _shares_of_token(wide_TE, ctx.score_function)
+            prob_BSE = prob_TE.view(_by_sequence(prob_TE, share_BE))
+            mean_BS1 = (prob_BSE * slope_B1E).sum(-1, keepdim=True)  # through the division by the sum
+            dprob_TE = (slope_B1E - mean_BS1).view(num_tokens, num_experts)
+            if ctx.score_function == "softmax":
                 dlogits_TE = dprob_TE * prob_TE
+            else:
+                dlogits_TE = dprob_TE / total_T1 * pointwise_slope(prob_TE * total_T1, ctx.score_function)
             log_total_T1 = torch.logsumexp(wide_TE, dim=-1, keepdim=True)
             dlogits_TE += torch.exp(wide_TE - log_total_T1) * (2 * dz * token_weight * log_total_T1)
             dlogits_TE = dlogits_TE.to(logits_TE.dtype)
         (dlogits,) = refuse_double_backward("sonic.routing.load_balancing_loss", (dlogits_TE,), (dbalance, dz, *saved))
-        return dlogits, *(None,) * 6  # logits; anchor, x, weight, share, token_weight, score_function
+        return dlogits, *(None,) * 7  # logits; anchor, x, weight, bias, share, token_weight, score_function
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -176,33 +256,35 @@ class _AttachLoss(torch.autograd.Function):
         return dcarrier, torch.ones((), dtype=ctx.loss_dtype, device=ctx.loss_device)
 
 
-def _probabilities(logits_TE: Tensor, score_function: str) -> tuple[Tensor, Tensor]:
-    """Probabilities that sum to 1 per token, and the sum that sigmoids were divided by (T, 1)."""
+def _by_sequence(table_TE: Tensor, share_BE: Tensor) -> tuple[int, int, int]:
+    """(B, S, E), the shape of a table over tokens cut into B sequences of S."""
+    (num_tokens, num_experts), num_sequences = table_TE.shape, share_BE.shape[0]
+    return num_sequences, num_tokens // num_sequences, num_experts
+
+
+def _shares_of_token(logits_TE: Tensor, score_function: str) -> tuple[Tensor, Tensor]:
+    """Probabilities that sum to 1 per token, and the sum (T, 1) that they were divided by."""
+    prob_TE = probabilities(logits_TE, score_function)
     if score_function == "softmax":
-        return torch.softmax(logits_TE, dim=-1), logits_TE.new_ones(())
-    sigmoid_TE = torch.sigmoid(logits_TE)
-    total_T1 = sigmoid_TE.sum(-1, keepdim=True) + 1e-20
-    return sigmoid_TE / total_T1, total_T1
+        return prob_TE, logits_TE.new_ones(())
+    total_T1 = prob_TE.sum(-1, keepdim=True) + 1e-20
+    return prob_TE / total_T1, total_T1
 
 
-def _shares(tokens_per_expert: Tensor, logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Share of the routed rows per expert, and the weight of each of this rank's tokens in the means, over
-    ``group``.
+def _shares(where: str, tokens_per_expert: Tensor, logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Share of the routed rows per expert, (1, E) or (B, E), and the weight of each of this rank's tokens in the means,
+    over ``group``.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    count_E = tokens_per_expert.to(wide)
+    is_by_sequence = tokens_per_expert.ndim == 2
+    count_BE = tokens_per_expert.to(wide).view(-1, logits.shape[1])
     total = torch.full((1,), logits.shape[0], dtype=wide, device=logits.device)
-    num_ranks = 1
-    if group is not None:
-        if isinstance(group, str) and group != "world":
-            raise argument_error(
-                "sonic.routing.load_balancing_loss", "group", repr(group), "a process group, 'world' or None"
-            )
-        if dist.is_available() and dist.is_initialized():
-            process_group = None if isinstance(group, str) else group
-            counted = torch.cat((count_E, total))
-            dist.all_reduce(counted, group=process_group)
-            count_E, total = counted[:-1], counted[-1:]
-            num_ranks = dist.get_world_size(process_group)
-    share_E = count_E / count_E.sum().clamp(min=1)
-    return share_E, (num_ranks / total.clamp(min=1)).reshape(())
+    process_group, num_ranks = process_group_of(where, "group", group)
+    if num_ranks > 1:
+        counted = total if is_by_sequence else torch.cat((count_BE[0], total))
+        dist.all_reduce(counted, group=process_group)
+        total = counted[-1:]
+        if not is_by_sequence:
+            count_BE = counted[None, :-1]
+    share_BE = count_BE / count_BE.sum(-1, keepdim=True).clamp(min=1)
+    return share_BE, (num_ranks / total.clamp(min=1)).reshape(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sonic.shapes import argument_error
@@ -12,22 +13,68 @@ __all__ = ["build_plan", "topk_softmax"]
 
 
 def topk_softmax(
-    logits_TE: Tensor, top_k: int, score_function: str, pre_softmax: bool, norm_topk_prob: bool, scaling_factor: float
+    logits_TE: Tensor,
+    top_k: int,
+    score_function: str,
+    pre_softmax: bool,
+    norm_topk_prob: bool,
+    scaling_factor: float,
+    expert_bias_E: Tensor | None,
+    num_groups: int,
+    group_topk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, chosen experts and the chosen probabilities before they are normalised.
 
     See ``sonic.kernels.ops.topk_softmax``.
     """
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    chosen_TK, expert_TK = torch.topk(logits_TE, top_k, dim=-1)  # softmax and sigmoid keep the order of the logits
-    if score_function == "sigmoid":
-        prob_TK = torch.sigmoid(chosen_TK)
+    if expert_bias_E is None and num_groups == 1:
+        chosen_TK, expert_TK = torch.topk(
+            logits_TE, top_k, dim=-1
+        )  # every score function keeps the order of the logits
+    else:
+        preference_TE = _preferences(logits_TE, score_function, pre_softmax, expert_bias_E)
+        if num_groups > 1:
+            preference_TE = _only_best_groups(preference_TE, num_groups, group_topk, max(1, top_k // group_topk))
+        expert_TK = torch.topk(preference_TE, top_k, dim=-1).indices
+        chosen_TK = logits_TE.gather(1, expert_TK)
+    if score_function != "softmax":
+        prob_TK = torch.sigmoid(chosen_TK) if score_function == "sigmoid" else _sqrtsoftplus(chosen_TK)
         scores_TK = prob_TK / (prob_TK.sum(-1, keepdim=True) + 1e-20) if norm_topk_prob else prob_TK
     elif pre_softmax and not norm_topk_prob:
         scores_TK = prob_TK = torch.exp(chosen_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
     else:  # normalising a softmax over all experts to its K chosen ones is the softmax over those K
         scores_TK = prob_TK = torch.softmax(chosen_TK, dim=-1)
     return scores_TK * scaling_factor, expert_TK.to(torch.int32), prob_TK.clone()
+
+
+def _sqrtsoftplus(logits: Tensor) -> Tensor:
+    return F.softplus(logits, threshold=40.0).sqrt()  # torch's own threshold, 20, is too low for float64
+
+
+def _preferences(logits_TE: Tensor, score_function: str, pre_softmax: bool, expert_bias_E: Tensor | None) -> Tensor:
+    """What experts are chosen by where the logits alone do not do: probabilities, with the bias added."""
+    if score_function == "sigmoid":
+        preference_TE = torch.sigmoid(logits_TE)
+    elif score_function == "sqrtsoftplus":
+        preference_TE = _sqrtsoftplus(logits_TE)
+    elif pre_softmax or expert_bias_E is not None:
+        preference_TE = torch.softmax(logits_TE, dim=-1)
+    else:
+        return logits_TE
+    if expert_bias_E is not None:
+        preference_TE = preference_TE + expert_bias_E
+    return preference_TE.masked_fill(logits_TE == -torch.inf, -torch.inf)
+
+
+def _only_best_groups(preference_TE: Tensor, num_groups: int, group_topk: int, num_counted: int) -> Tensor:
+    """The preferences, with -inf outside each token's best groups."""
+    preference_TGe = preference_TE.unflatten(1, (num_groups, -1))
+    best_TGc = preference_TGe.topk(min(num_counted, preference_TGe.shape[2]), dim=-1).values
+    chosen_Tg = best_TGc.sum(-1).topk(group_topk, dim=-1).indices
+    is_out_TG1 = torch.ones(preference_TGe.shape[:2], dtype=torch.bool, device=preference_TE.device)
+    is_out_TG1 = is_out_TG1.scatter_(1, chosen_Tg, False)[..., None]
+    return preference_TGe.masked_fill(is_out_TG1, -torch.inf).flatten(1)
 
 
 def build_plan(

@@ -1,0 +1,121 @@
+"""Best and worst of an expert's column, without sorting the column: what rounding, capacity and expert choice share.
+
+A few experts at a time, their columns are laid out as rows in a scratch of at most :data:`_SCRATCH_VALUES`, and only as
+many entries are selected from each as are wanted. Time is about one pass over the columns that are looked at; memory
+is the scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sonic.routing.plan import RoutingPlan
+
+__all__ = ["best_tokens", "expert_of_row", "lowest_rows"]
+
+_SCRATCH_VALUES = {"cpu": 1 << 18}  # in cache
+_SCRATCH_VALUES_ELSEWHERE = 1 << 24
+
+
+def best_tokens(
+    logits_TE: Tensor,
+    shift_T: Tensor | None,
+    num_wanted: Sequence[int],
+    *,
+    plan: RoutingPlan | None = None,
+    allowed_TG: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each expert the tokens with the highest ``logits - shift`` in its column.
+
+    Args:
+        logits_TE: finite.
+        shift_T: subtracted per token, such as the logsumexp that makes log-probabilities of logits.
+        num_wanted: how many tokens, per expert; no more than its column has candidates.
+        plan: pairs in this plan are no candidates.
+        allowed_TG: bool; a token is a candidate of the experts of these groups only.
+
+    Returns:
+        (token, expert) of the pairs, (P,) int64 each, expert by expert, best first.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    experts = [expert for expert in range(num_experts) if num_wanted[expert]]
+    tokens, owners = [], []
+    for chunk in _chunks(experts, num_tokens, logits_TE.device):
+        index_C = torch.tensor(chunk, device=logits_TE.device)
+        value_CT = logits_TE.t().index_select(0, index_C)
+        if shift_T is not None:
+            value_CT -= shift_T
+        if plan is not None:
+            row_C, place_R, row_R = _rows_of(plan, chunk)
+            value_CT.view(-1)[row_C * num_tokens + plan.token_of_row_R[row_R].long()] = -torch.inf
+        if allowed_TG is not None:
+            group_C = index_C // (num_experts // allowed_TG.shape[1])
+            value_CT.masked_fill_(~allowed_TG.t()[group_C], -torch.inf)
+        row_P, place_P = _largest(value_CT, [num_wanted[expert] for expert in chunk])
+        tokens.append(place_P)
+        owners.append(index_C[row_P])
+    if not tokens:
+        nothing = torch.empty(0, dtype=torch.int64, device=logits_TE.device)
+        return nothing, nothing.clone()
+    return torch.cat(tokens), torch.cat(owners)
+
+
+def lowest_rows(plan: RoutingPlan, counts: Sequence[int], value_R: Tensor, num_wanted: Sequence[int]) -> Tensor:
+    """For each expert its rows with the lowest values.
+
+    Args:
+        plan: who goes where.
+        counts: rows per expert.
+        value_R: (R,) finite.
+        num_wanted: how many rows, per expert; at most its count.
+
+    Returns:
+        Indices of the rows: (P,) int64, expert by expert, lowest first.
+    """
+    experts = [expert for expert in range(plan.num_experts) if num_wanted[expert]]
+    width = max((counts[expert] for expert in experts), default=0)
+    found = []
+    for chunk in _chunks(experts, width, value_R.device):
+        width = max(counts[expert] for expert in chunk)
+        row_C, place_R, row_R = _rows_of(plan, chunk)
+        # Negated, so that the largest are the lowest rows; what is no row is never among them.
+        value_CF = value_R.new_full((len(chunk), width), -torch.inf)
+        value_CF[row_C, place_R] = -value_R[row_R]
+        row_P, place_P = _largest(value_CF, [num_wanted[expert] for expert in chunk])
+        start_C = plan.expert_offset_E1[torch.tensor(chunk, device=value_R.device)].long()
+        found.append(start_C[row_P] + place_P)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=value_R.device)
+
+
+def expert_of_row(plan: RoutingPlan) -> Tensor:
+    """Row -> expert: (R,) int64."""
+    experts_E = torch.arange(plan.num_experts, device=plan.device)
+    return experts_E.repeat_interleave(plan.tokens_per_expert(), output_size=plan.num_rows)
+
+
+def _chunks(experts: list[int], width: int, device: torch.device) -> Iterator[list[int]]:
+    """The experts, as many at a time as fit the scratch with ``width`` values each."""
+    size = max(1, _SCRATCH_VALUES.get(device.type, _SCRATCH_VALUES_ELSEWHERE) // max(width, 1))
+    for start in range(0, len(experts), size):
+        yield experts[start : start + size]
+
+
+def _rows_of(plan: RoutingPlan, experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows of these experts: (position of the expert in the list, place within the expert, row), int64 each."""
+    index_C = torch.tensor(experts, device=plan.device)
+    start_C, count_C = plan.expert_offset_E1[index_C].long(), plan.tokens_per_expert()[index_C].long()
+    row_C = torch.arange(len(experts), device=plan.device).repeat_interleave(count_C)
+    place_R = torch.arange(row_C.shape[0], device=plan.device) - (count_C.cumsum(0) - count_C)[row_C]
+    return row_C, place_R, start_C[row_C] + place_R
+
+
+def _largest(value_CF: Tensor, num_wanted: list[int]) -> tuple[Tensor, Tensor]:
+    """(row, column) of the ``num_wanted`` largest entries of each row, row by row, largest first."""
+    most = max(num_wanted)
+    place_Cm = value_CF.topk(most, dim=1).indices
+    wanted_C1 = torch.tensor(num_wanted, device=value_CF.device)[:, None]
+    is_wanted_Cm = torch.arange(most, device=value_CF.device) < wanted_C1
+    return is_wanted_Cm.nonzero()[:, 0], place_Cm[is_wanted_Cm]
