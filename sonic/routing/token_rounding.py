@@ -114,10 +114,10 @@ def round_counts(
         elif rule == "nearest":
             is_up = 2 * rest > tile_rows
         elif rule == "stochastic":
-            assert draws is not None
+            assert draws is not None, "checked above"
             is_up = draws[expert] * tile_rows < rest
         elif rule == "nearest_score":
-            assert dropped_scores is not None and padded_scores is not None
+            assert dropped_scores is not None and padded_scores is not None, "checked above"
             is_up = dropped_scores[expert] > padded_scores[expert]
         else:
             is_up = abs(moved + up - count) < abs(moved + down - count)
@@ -366,9 +366,10 @@ class _Moves:
         if self._num_ranks > 1:
             # Integers below 2**53 and draws share one message; the draws of the first rank hold for all.
             message = torch.cat((mine.double(), draws_E.to(plan.device)))
-            gathered = message.new_empty(self._num_ranks, message.shape[0])
-            dist.all_gather_into_tensor(gathered, message, group=self._group)
-            mine_W, draws_E = gathered[:, : mine.shape[0]].long(), gathered[0, mine.shape[0] :]
+            gathered = [torch.empty_like(message) for _ in range(self._num_ranks)]
+            dist.all_gather(gathered, message, group=self._group)
+            mine_W = torch.stack([other[: mine.shape[0]] for other in gathered]).long()
+            draws_E = gathered[0][mine.shape[0] :]
         else:
             mine_W = mine[None]
         of_ranks = mine_W.tolist()
