@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import cpu_moe, measure, memory, report, rivals
+from benchmarks import cpu_moe, measure, memory, report, rivals, rounding
 
 # N, D and 2N are multiples of 4: grouped_mm wants rows of 16 bytes. T, E and K are odd, and some expert gets nothing.
 SHAPES = [cpu_moe.Shape(37, 20, 12, 5, 3), cpu_moe.Shape(7, 12, 8, 11, 1), cpu_moe.Shape(9, 8, 4, 3, 3)]
@@ -324,3 +324,23 @@ def test_memory_quick_writes_the_documented_json_and_sonic_keeps_what_it_promise
     x_and_scores, slots_and_offsets = 64 * 32 * 2 + 64 * 2 * 4, 64 * 2 * 4 + (8 + 1) * 4
     assert ours["held_bytes"] == ours["saved_bytes"] - x_and_scores - slots_and_offsets
     assert ours["peak_bytes"] > 0
+
+
+def test_rounding_reports_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rounding.json"
+    assert rounding.main(["--quick", "--json", str(out)]) == 0
+    (cell,) = json.loads(out.read_text())["cells"]
+    assert cell["shape"] == {"T": 256, "E": 8, "K": 2, "M": 16} and set(cell["targets"]) == {"time", "memory"}
+    assert {"sonic", "argsort_columns", "argsort_rows"} <= set(cell["contenders"])
+    assert all(entry["median_ms"] > 0 and entry["peak_bytes"] > 0 for entry in cell["contenders"].values())
+    assert "over the better plain way" in capsys.readouterr().out
+
+
+def test_rounding_refuses_to_time_a_wrong_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(logits_TE: torch.Tensor, expert_TK: torch.Tensor, tile_rows: int) -> rounding.Pairs:
+        token_P, expert_P, score_P = rounding.argsort_rows(logits_TE, expert_TK, tile_rows)
+        return token_P[:-1], expert_P[:-1], score_P[:-1]
+
+    monkeypatch.setattr(rounding, "argsort_columns", wrong)
+    with pytest.raises(RuntimeError, match="argsort_columns chose other pairs"):
+        rounding.main(["--quick"])
