@@ -61,12 +61,10 @@ def refuse_double_backward(
         anchors: the tensors that the gradients depend on: the incoming gradient and the saved inputs.
     """
     grads = tuple(grads)
-    if (
-        not torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # compiled graphs refuse double backward by themselves
+    # Compiled graphs refuse double backward by themselves.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
     given = [grad for grad in grads if grad is not None]
-    tied = iter(
-        _RefuseDoubleBackward.apply(where, len(given), *given, *(anchor for anchor in anchors if anchor is not None))
-    )
+    tensors = [anchor for anchor in anchors if anchor is not None]
+    tied = iter(_RefuseDoubleBackward.apply(where, len(given), *given, *tensors))
     return tuple(None if grad is None else next(tied) for grad in grads)

@@ -39,15 +39,15 @@ from sonic.kernels import ops
 from sonic.routing.plan import RoutingPlan
 from sonic.shapes import argument_error, check_choice, check_dtype, check_integer, check_same, check_shape
 
-__all__ = ["SAVE_MODES", "check_options", "expert_mlp", "moe_mlp", "up_rows"]
+__all__ = ["SAVE_MODES", "check_options", "check_scores", "expert_mlp", "moe_mlp", "up_rows"]
 
 SAVE_MODES = ("preactivation", "input")
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-
-def check_options(where: str, activation: str, glu_layout: str, save: str, backend: str | None) -> None:
-    """Refuse options of :func:`moe_mlp` that are no such names.
+def check_options(
+    where: str, activation: str, glu_layout: str, save: str, backend: str | None, dtype: torch.dtype | None = None
+) -> None:
+    """Refuse options of :func:`moe_mlp` that are no such names, and a ``dtype`` that it does not serve.
 
     Raises:
         ValueError: ``where``, the option, what it was, and the names there are.
@@ -55,8 +55,20 @@ def check_options(where: str, activation: str, glu_layout: str, save: str, backe
     check_choice(where, "activation", activation, ops.ACTIVATIONS)
     check_choice(where, "glu_layout", glu_layout, ops.GLU_LAYOUTS)
     check_choice(where, "save", save, SAVE_MODES)
-    if backend is not None:
-        check_choice(where, "backend", backend, ops.dispatch.backends())
+    ops.check_backend(where, backend)
+    if dtype is not None:
+        ops.check_float_dtype(where, "dtype", dtype)
+
+
+def check_scores(where: str, argument: str, scores: Tensor, plan: RoutingPlan) -> None:
+    """Refuse scores that are not of the shape that ``plan`` was built from, or of no floating dtype.
+
+    Raises:
+        ValueError: naming ``argument``.
+    """
+    dims = zip("TK" if len(plan.scores_shape) == 2 else "P", plan.scores_shape, strict=True)
+    check_shape(where, argument, scores, **dict(dims))
+    check_dtype(where, argument, scores, ops.FLOAT_DTYPES)
 
 
 def up_rows(intermediate_size: int, activation: str) -> int:
@@ -78,15 +90,16 @@ def moe_mlp(
     save: str = "preactivation",
     backend: str | None = None,
 ) -> Tensor:
-    """Send each token through its experts and sum what they return: ``out[t] = sum of score * (W2[e] act(W1[e] x[t] +
-    b1[e]) + b2[e])``.
+    """Send each token through its experts and sum what they return.
+
+    ``out[t] = sum of score * (W2[e] act(W1[e] x[t] + b1[e]) + b2[e])`` over the experts e of token t.
 
     Differentiable once in ``x``, ``w1``, ``w2``, ``scores``, ``b1`` and ``b2``; only the gradients that are asked for
     are computed. Under autocast, tokens, weights and biases are cast to its dtype as for ``nn.Linear``.
 
     Args:
         x: (T, D), bf16, fp16, fp32 or fp64. T may be 0.
-        w1: (E, U, D) of the dtype of ``x``, U = 2N (gated) or N.
+        w1: (E, U, D) of the dtype of ``x``, U = 2N (gated) or N; E, D and N are at least 1.
         w2: (E, D, N).
         scores: of the shape that ``plan`` was built from, (T, K) or (P,); any floating dtype, float32 is usual.
         plan: who goes where.
@@ -109,13 +122,9 @@ def moe_mlp(
     if not isinstance(plan, RoutingPlan):
         raise argument_error(where, "plan", f"a {type(plan).__name__}", "a sonic.RoutingPlan")
     check_shape(where, "x", x, T=plan.num_tokens, D=None)
-    check_shape(
-        where,
-        "scores",
-        scores,
-        **dict(zip("TK" if len(plan.scores_shape) == 2 else "P", plan.scores_shape, strict=True)),
-    )
-    check_dtype(where, "scores", scores, _FLOATS)
+    ops.check_row_count(where, "x", x)
+    ops.check_row_count(where, "plan.token_of_row_R", plan.token_of_row_R)
+    check_scores(where, "scores", scores, plan)
     check_same(where, ("x", x), (("scores", scores), ("plan", plan.token_of_row_R)), dtype=False)
     x, w1, w2, b1, b2 = _autocast(x, w1, w2, b1, b2)
     _check_experts(where, "x", x, w1, w2, b1, b2, plan.num_experts, activation)
@@ -154,16 +163,16 @@ def expert_mlp(
     save: str = "preactivation",
     backend: str | None = None,
 ) -> Tensor:
-    """Apply experts to rows that are already grouped by expert: ``out[r] = score[r] * (W2[e] act(W1[e] rows[r] + b1[e])
-    + b2[e])``.
+    """Apply experts to rows that are already grouped by expert.
+
+    ``out[r] = score[r] * (W2[e] act(W1[e] rows[r] + b1[e]) + b2[e])`` with the expert e of row r.
 
     The entry for a caller that dispatches tokens itself, such as expert parallelism. Differentiable once in ``rows``,
-    ``w1``, ``w2``, ``row_scores``,
-    ``b1`` and ``b2``. Kept for backward: ``rows`` and H.
+    ``w1``, ``w2``, ``row_scores``, ``b1`` and ``b2``. Kept for backward: ``rows`` and H.
 
     Args:
-        rows: (R, D). Rows beyond the sum of ``tokens_per_expert`` (a capacity layout) belong to nobody: they give zeros
-            and get zero gradients.
+        rows: (R, D), R may be 0. Rows beyond the sum of ``tokens_per_expert`` (a capacity layout) belong to nobody:
+            they give zeros and get zero gradients.
         w1: (E, U, D).
         w2: (E, D, N).
         tokens_per_expert: (E,) integer, on the device of ``rows``, or on the CPU (moved without waiting).
@@ -175,17 +184,19 @@ def expert_mlp(
 
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; counts that are negative or sum to more than R; no
-        backend can serve. RuntimeError: from backward, when the gradient is differentiated again.
+            backend can serve.
+        RuntimeError: from backward, when the gradient is differentiated again.
     """
     where = "sonic.expert_mlp"
     check_options(where, activation, glu_layout, save, backend)
     check_shape(where, "rows", rows, R=None, D=None)
+    ops.check_row_count(where, "rows", rows)
     check_integer(where, "tokens_per_expert", tokens_per_expert)
     check_shape(where, "tokens_per_expert", tokens_per_expert, E=None)
     num_experts = tokens_per_expert.shape[0]
     if row_scores is not None:
         check_shape(where, "row_scores", row_scores, R=rows.shape[0])
-        check_dtype(where, "row_scores", row_scores, _FLOATS)
+        check_dtype(where, "row_scores", row_scores, ops.FLOAT_DTYPES)
         check_same(where, ("rows", rows), (("row_scores", row_scores),), dtype=False)
     rows, w1, w2, b1, b2 = _autocast(rows, w1, w2, b1, b2)
     _check_experts(where, "rows", rows, w1, w2, b1, b2, num_experts, activation)
@@ -212,10 +223,7 @@ def expert_mlp(
 
 
 class _Experts(torch.autograd.Function):
-    """Both entries.
-
-    With the maps of a plan, or with rows that stand in order (all four maps None, ``scores`` per row or None).
-    """
+    """Both entries: the maps of a plan, or rows that stand in order (all four None, ``scores`` per row or None)."""
 
     @staticmethod
     def forward(
@@ -359,14 +367,15 @@ def _check_experts(
     num_experts: int,
     activation: str,
 ) -> None:
-    check_dtype(where, x_name, x, _FLOATS)
+    check_dtype(where, x_name, x, ops.FLOAT_DTYPES)
     check_shape(where, "w1", w1, E=num_experts, U=None, D=x.shape[1])
+    if 0 in w1.shape:
+        raise argument_error(where, "w1", tuple(w1.shape), "(E, U, D) with sizes of at least 1")
     gated = ops.is_gated(activation)
     width_u = w1.shape[1]
     if gated and width_u % 2:
-        raise argument_error(
-            where, "w1", tuple(w1.shape), f"(E, U, D) with an even U: gate and up rows of {activation}"
-        )
+        wanted = f"(E, U, D) with an even U: gate and up rows of {activation}"
+        raise argument_error(where, "w1", tuple(w1.shape), wanted)
     check_shape(where, "w2", w2, E=num_experts, D=x.shape[1], N=width_u // 2 if gated else width_u)
     if b1 is not None:
         check_shape(where, "b1", b1, E=num_experts, U=width_u)

@@ -7,6 +7,7 @@ nothing that was passed in, module or tensor, is changed by it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import sonic
 from sonic import kernels
 from sonic.kernels import ops
 from sonic.layers import SharedExpert, set_aux_loss_scale
-from sonic.routing import RoutingMetrics, TopKRouter, attach_loss, load_balancing_loss
+from sonic.routing import Routing, RoutingMetrics, TokenRounding, TopKRouter, attach_loss, load_balancing_loss
 
 T, D, N, E, K = 5, 8, 6, 4, 2
 U = 2 * N
@@ -67,6 +68,39 @@ def router(**changes: Any) -> Callable[[Given], object]:
     return lambda given: TopKRouter(**arguments | changes)
 
 
+class Returning(nn.Module):
+    """A router that returns whatever it is given; ``None`` stands for what a router should."""
+
+    def __init__(self, change: Callable[[Routing], object]) -> None:
+        super().__init__()
+        self.inner, self.change = TopKRouter(D, E, K), change
+
+    def forward(self, x_TD: Tensor) -> object:
+        return self.change(self.inner(x_TD))
+
+
+def returning(change: Callable[[Routing], object]) -> Callable[[Given], object]:
+    return lambda given: sonic.MoE(D, N, E, K, router=Returning(change))(given.x)
+
+
+def changed(**changes: Any) -> Callable[[Given], object]:
+    return returning(lambda routing: dataclasses.replace(routing, **changes))
+
+
+def huge_plan(num_tokens: int, num_rows: int) -> sonic.RoutingPlan:
+    """Of shapes alone."""
+
+    def index(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device="meta")
+
+    arrays = index(E + 1), index(num_rows), index(num_rows), index(num_rows), index(num_tokens + 1)
+    return sonic.RoutingPlan(num_tokens, E, (num_rows,), *arrays)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def layer_of(x: Callable[[Given], object]) -> Callable[[Given], object]:
     return lambda given: given.layer(x(given))
 
@@ -109,6 +143,7 @@ ACTIVATIONS = "one of 'swiglu', 'geglu', 'reglu', 'swiglu_oai', 'gelu', 'relu', 
 LAYOUTS = "one of 'concatenated', 'interleaved'"
 SAVES = "one of 'preactivation', 'input'"
 FLOATS = "bfloat16 or float16 or float32 or float64"
+DTYPES = "torch.bfloat16 or torch.float16 or torch.float32 or torch.float64"
 INTEGERS = "int64 or int32 or int16 or int8 or uint8"
 nan, infinity = float("nan"), float("inf")
 
@@ -143,6 +178,51 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     ),
     (moe(router=TopKRouter(D, E + 1, K)), "sonic.MoE: router.num_experts is 5, expected 4"),
     (moe(router=TopKRouter(D + 1, E, K)), "sonic.MoE: router.hidden_size is 9, expected 8"),
+    (moe(router=TopKRouter(D, E, K + 1)), "sonic.MoE: router.top_k is 3, expected 2"),
+    (moe(router=TokenRounding(TopKRouter(D, E, 1))), "sonic.MoE: router.top_k is 1, expected 2"),
+    (
+        returning(lambda routing: (routing.scores, routing.expert_index)),
+        "sonic.MoE: router is a Returning that returned a tuple, expected one that returns a sonic.routing.Routing",
+    ),
+    (
+        returning(lambda routing: None),
+        "sonic.MoE: router is a Returning that returned a NoneType, expected one that returns a sonic.routing.Routing",
+    ),
+    (
+        changed(plan=torch.zeros(T, K)),
+        "sonic.MoE: routing.plan is a Tensor, expected a sonic.RoutingPlan",
+    ),
+    (
+        changed(plan=sonic.RoutingPlan.from_topk(torch.tensor([[0, 1]] * (T - 1)), E)),
+        "sonic.MoE: routing.plan.num_tokens is 4, expected T = 5, the tokens that the router was given",
+    ),
+    (
+        changed(plan=sonic.RoutingPlan.from_topk(torch.tensor([[0, 1]] * T), E + 1)),
+        "sonic.MoE: routing.plan.num_experts is 5, expected num_experts = 4",
+    ),
+    (changed(scores=torch.ones(T, K + 1)), "sonic.MoE: routing.scores is (5, 3), expected (T, K) = (5, 2)"),
+    (changed(scores=None), "sonic.MoE: routing.scores is a NoneType, expected a tensor of shape (T, K)"),
+    (changed(scores=torch.ones(T, K).long()), f"sonic.MoE: routing.scores is int64, expected {FLOATS}"),
+    (changed(aux_loss=0.0), "sonic.MoE: routing.aux_loss is a float, expected a tensor of shape ()"),
+    (changed(aux_loss=torch.zeros(2)), "sonic.MoE: routing.aux_loss is (2,), expected ()"),
+    (changed(scores_on="both"), "sonic.MoE: routing.scores_on is 'both', expected one of 'output', 'input'"),
+    (
+        changed(scores_on="input"),
+        "sonic.MoE: routing.scores_on is 'input', expected 'output', unless every token has one expert",
+    ),
+    (
+        lambda g: sonic.MoE(D, N, E, K, router=TopKRouter(D, E, K, aux_loss_type="sequence", aux_loss_coeff=0.1))(g.x),
+        "sonic.MoE: x is (5, 8), expected (batch, sequence, D), or sequence_length=...: "
+        "the router has to know where sequences begin",
+    ),
+    # ---- dtypes
+    (moe(dtype=torch.int64), f"sonic.MoE: dtype is torch.int64, expected {DTYPES}"),
+    (moe(dtype=torch.complex64), f"sonic.MoE: dtype is torch.complex64, expected {DTYPES}"),
+    (moe(dtype="float32"), f"sonic.MoE: dtype is 'float32', expected {DTYPES}"),
+    (
+        lambda g: SharedExpert(D, N, dtype=torch.bool),
+        f"sonic.layers.SharedExpert: dtype is torch.bool, expected {DTYPES}",
+    ),
     # ---- calls of the layer
     (layer_of(lambda g: g.x.tolist()), "sonic.MoE: x is a list, expected a tensor of shape (..., D)"),
     (layer_of(lambda g: g.x.numpy()), "sonic.MoE: x is a ndarray, expected a tensor of shape (..., D)"),
@@ -220,6 +300,14 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (moe_mlp(w2=lambda g: g.w2.double()), "sonic.moe_mlp: w2 is float64, expected float32 like x"),
     (moe_mlp(b1=lambda g: g.b1.half()), "sonic.moe_mlp: b1 is float16, expected float32 like x"),
     (moe_mlp(w2=lambda g: g.w2.to("meta")), "sonic.moe_mlp: w2 is on meta, expected on cpu like x"),
+    (
+        moe_mlp(x=lambda g: g.x[:, :0], w1=lambda g: g.w1[..., :0], w2=lambda g: g.w2[:, :0]),
+        "sonic.moe_mlp: w1 is (4, 12, 0), expected (E, U, D) with sizes of at least 1",
+    ),
+    (
+        moe_mlp(w1=lambda g: g.w1[:, :0], w2=lambda g: g.w2[..., :0]),
+        "sonic.moe_mlp: w1 is (4, 0, 8), expected (E, U, D) with sizes of at least 1",
+    ),
     # ---- scores and plan
     (moe_mlp(scores=lambda g: g.scores[:, :1]), "sonic.moe_mlp: scores is (5, 1), expected (T, K) = (5, 2)"),
     (moe_mlp(scores=lambda g: g.scores.reshape(-1)), "sonic.moe_mlp: scores is (10,), expected (T, K) = (5, 2)"),
@@ -239,6 +327,59 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (
         moe_mlp(plan=lambda g: sonic.RoutingPlan.from_topk(g.expert_index, E + 1)),
         "sonic.moe_mlp: w1 is (4, 12, 8), expected (E, U, D) = (5, U, 8)",
+    ),
+    # ---- more than int32 counts
+    (
+        lambda g: sonic.moe_mlp(meta(2**31, 1), meta(E, 2, 1), meta(E, 1, 1), meta(2**31), huge_plan(2**31, 2**31)),
+        "sonic.moe_mlp: x is (2147483648, 1), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: sonic.moe_mlp(meta(2**30, 1), meta(E, 2, 1), meta(E, 1, 1), meta(2**31), huge_plan(2**30, 2**31)),
+        "sonic.moe_mlp: plan.token_of_row_R is (2147483648,), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: sonic.expert_mlp(meta(2**31, 1), meta(E, 2, 1), meta(E, 1, 1), g.tokens_per_expert),
+        "sonic.expert_mlp: rows is (2147483648, 1), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: sonic.RoutingPlan.from_topk(meta(2**30, 2, dtype=torch.int32), E),
+        "sonic.build_plan: expert_of_slot_P is (2147483648,), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: sonic.RoutingPlan.from_pairs(*[torch.zeros(1, dtype=torch.int32)] * 2, 2**31, E),
+        "sonic.build_plan: num_tokens is 2147483648, expected below 2**31",
+    ),
+    (
+        lambda g: ops.up_proj(
+            meta(2**31, 1),
+            meta(E, 2, 1),
+            None,
+            None,
+            meta(E + 1, dtype=torch.int32),
+            "swiglu",
+            "concatenated",
+        ),
+        "sonic.up_proj: x_TD is (2147483648, 1), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: ops.up_proj(
+            meta(4, 1),
+            meta(E, 2, 1),
+            None,
+            meta(2**31, dtype=torch.int32),
+            meta(E + 1, dtype=torch.int32),
+            "swiglu",
+            "concatenated",
+        ),
+        "sonic.up_proj: token_of_row_R is (2147483648,), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: ops.down_proj(meta(2**31, 1), meta(E, 1, 1), None, None, meta(E + 1, dtype=torch.int32)),
+        "sonic.down_proj: a_RN is (2147483648, 1), expected a first dimension below 2**31",
+    ),
+    (
+        lambda g: ops.combine(meta(2**31, 1), None, meta(2**31, dtype=torch.int32), meta(T + 1, dtype=torch.int32)),
+        "sonic.combine: y_RD is (2147483648, 1), expected a first dimension below 2**31",
     ),
     # ---- names
     (moe_mlp(activation=always("SwiGLU")), f"sonic.moe_mlp: activation is 'SwiGLU', expected {ACTIVATIONS}"),
@@ -283,6 +424,20 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (
         expert_mlp(row_scores=lambda g: g.row_scores > 0),
         f"sonic.expert_mlp: row_scores is bool, expected {FLOATS}",
+    ),
+    (
+        expert_mlp(rows=lambda g: g.rows[:, :0], w1=lambda g: g.w1[..., :0], w2=lambda g: g.w2[:, :0]),
+        "sonic.expert_mlp: w1 is (4, 12, 0), expected (E, U, D) with sizes of at least 1",
+    ),
+    (
+        expert_mlp(
+            rows=lambda g: g.rows[:0],
+            w1=lambda g: g.w1[:0],
+            w2=lambda g: g.w2[:0],
+            tokens_per_expert=lambda g: g.tokens_per_expert[:0],
+            row_scores=always(None),
+        ),
+        "sonic.expert_mlp: w1 is (0, 12, 8), expected (E, U, D) with sizes of at least 1",
     ),
     (expert_mlp(w2=lambda g: g.w2.bfloat16()), "sonic.expert_mlp: w2 is bfloat16, expected float32 like rows"),
     (expert_mlp(save=always("h")), f"sonic.expert_mlp: save is 'h', expected {SAVES}"),
@@ -359,7 +514,8 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     ),
     (
         lambda g: load_balancing_loss(g.logits, torch.ones(E), score_function="tanh"),
-        "sonic.routing.load_balancing_loss: score_function is 'tanh', expected one of 'softmax', 'sigmoid', 'sqrtsoftplus'",
+        "sonic.routing.load_balancing_loss: score_function is 'tanh', "
+        "expected one of 'softmax', 'sigmoid', 'sqrtsoftplus'",
     ),
     (
         lambda g: load_balancing_loss(g.logits, torch.ones(E), group="all"),
@@ -387,6 +543,12 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     (explain(num_tokens=0), "sonic.kernels.explain: num_tokens is 0, expected a positive integer"),
     (explain(hidden_size=8.0), "sonic.kernels.explain: hidden_size is 8.0, expected a positive integer"),
     (explain(top_k=5), "sonic.kernels.explain: top_k is 5, expected at most num_experts = 4"),
+    (explain(activation="swish"), f"sonic.kernels.explain: activation is 'swish', expected {ACTIVATIONS}"),
+    (explain(activation=None), f"sonic.kernels.explain: activation is None, expected {ACTIVATIONS}"),
+    (explain(dtype=torch.int32), f"sonic.kernels.explain: dtype is torch.int32, expected {DTYPES}"),
+    (explain(dtype="bfloat16"), f"sonic.kernels.explain: dtype is 'bfloat16', expected {DTYPES}"),
+    (explain(arch="sm_90"), "sonic.kernels.explain: arch is 'sm_90', expected a positive integer"),
+    (explain(arch=9.0), "sonic.kernels.explain: arch is 9.0, expected a positive integer"),
     (explain(backend="fast"), f"sonic.kernels.explain: backend is 'fast', expected {BACKENDS}"),
     (
         lambda g: kernels.unusable_reasons("fast", "cpu"),
@@ -470,7 +632,10 @@ def test_refused(call: Callable[[Given], object], message: str, monkeypatch: pyt
     monkeypatch.delenv("SONIC_BACKEND", raising=False)
     kernels.reset_counts()
     refuse(call, message)
-    assert {op for op, _ in kernels.counts()} <= {"build_plan"}, "something was computed first"
+    computed = {op for op, _ in kernels.counts()}
+    if "routing." in message or "returned" in message:  # what a router returns is seen after routing
+        computed.discard("topk_softmax")
+    assert computed <= {"build_plan"}, "something was computed first"
 
 
 @table(WRONG_VALUES)

@@ -17,6 +17,7 @@ import sonic
 from sonic import kernels
 from sonic.kernels import Explanation, Request, UnsupportedError, dispatch, ops, reference
 from sonic.routing import TopKRouter
+from tests.helpers import chain_single_ops
 
 SIZES: dict[str, Any] = {"num_tokens": 64, "num_experts": 8, "top_k": 2, "hidden_size": 32, "intermediate_size": 16}
 UP_PROJ = Request("up_proj", "cpu", None, torch.float32, 128, 8, 32, 16, "swiglu")
@@ -83,7 +84,7 @@ def test_explain_an_imagined_chip(op: str, device: str, arch: int | None, monkey
         monkeypatch.setattr(torch.cuda, "is_available", ask)
     told = kernels.explain(op, **SIZES, device=device, arch=arch)
     assert told.request.op == op and told.request.device_type == device and told.request.arch == arch
-    assert told.request.num_rows == 128 and told.request.num_experts == 8
+    assert told.request.num_rows == 128 and told.request.num_experts == (0 if op == "combine" else 8)
     assert tuple(told.reasons) == kernels.backends()
     can = [name for name, reasons in told.reasons.items() if not reasons]
     assert told.backend == can[0] and can[-1] == "reference" and told.why == "first that can serve"
@@ -367,6 +368,65 @@ def test_requests_tell_the_shapes(activation: str, op: str, add_backend: AddBack
     assert (request.hidden_size, request.intermediate_size) == (hidden_size, intermediate_size)
     assert request.activation == (activation if has_activation else None)
     assert request.dtype == (torch.int32 if op == "build_plan" else torch.float32)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["single ops", "whole pass"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_explain_asks_what_a_layer_asks(
+    activation: str, dtype: torch.dtype, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request of ``explain`` is the one that each op of a layer of these sizes makes."""
+    seen: dict[str, Request] = {}
+    reasons = reference.unsupported_reasons
+
+    def watch(request: Request) -> list[str]:
+        assert seen.setdefault(request.op, request) == request
+        return reasons(request)
+
+    monkeypatch.setattr(reference, "unsupported_reasons", watch)
+    if not whole:
+        chain_single_ops(monkeypatch)
+    layer = sonic.MoE(16, 6, 4, 2, activation=activation, dtype=dtype)
+    layer(torch.randn(9, 16, dtype=dtype, requires_grad=True)).sum().backward()
+    expected = {"experts", "experts_bwd"} if whole else {*SINGLE, *SINGLE_BWD}
+    assert seen.keys() == {"topk_softmax", "build_plan", *expected}
+    for op, request in seen.items():
+        told = kernels.explain(
+            op,
+            num_tokens=9,
+            num_experts=4,
+            top_k=2,
+            hidden_size=16,
+            intermediate_size=6,
+            dtype=dtype,
+            activation=activation,
+        )
+        assert told.request == request
+
+
+@pytest.mark.parametrize("op", ["experts", "experts_bwd", "up_proj"])
+def test_one_warning_per_call(op: str, add_backend: AddBackend) -> None:
+    """Asking for a kernel and running it is one call, and asking alone warns of nothing."""
+    names = [name for name in dispatch.OPS if hasattr(reference, name)]
+    add_backend(refuses)
+    request = Request(op, "cuda", 90, torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.has_kernel(request, None) == (op in names)
+        assert dispatch.tile_rows(request) == 1
+    x, w1, w2 = torch.randn(3, 4), torch.randn(2, 6, 4), torch.randn(2, 4, 6)
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+    weights: dict[str, tuple[Any, ...]] = {
+        "up_proj": (x, w1, None, None, offsets),
+        "experts": (x, w1, w2, None, None, None, offsets, None),
+        "experts_bwd": (x, x, None, w1, w2, None, None, None, offsets, None),
+    }
+    flags = (True,) * 3 + (False,) * 2 + (True,) if op == "experts_bwd" else (True,)
+    with pytest.warns(RuntimeWarning) as told:
+        assert dispatch.has_kernel(request, None)
+        dispatch.run(request, None, *weights[op], "gelu", "concatenated", *flags)
+    assert [str(warning.message).split(",")[0] for warning in told] == [f"sonic.{op} runs in plain torch on cuda"]
 
 
 def test_autocast_is_off_inside_a_kernel(add_backend: AddBackend) -> None:

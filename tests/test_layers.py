@@ -22,7 +22,7 @@ import sonic
 from sonic.kernels import dispatch
 from sonic.kernels.reference import blocks
 from sonic.layers import SharedExpert
-from sonic.routing import RoutingMetrics, TopKRouter
+from sonic.routing import HashRouter, RoutingMetrics, TopKRouter
 from sonic.routing.result import Routing
 from tests.test_losses import be_a_rank, run_ranks
 
@@ -277,12 +277,20 @@ def test_inference_computes_no_activations_for_backward(
     assert rows == [0, 0]
 
 
-@pytest.mark.xfail(strict=True, reason="the reshape at the end makes one")
-@pytest.mark.parametrize("shape", [(T, D), (2, 5, D)], ids=str)
-def test_output_is_no_view(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(D,), (T, D), (2, 5, D), (0, D), (2, 0, D)], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("shared", [0, 6])
+def test_output_is_no_view(shared: int, device: str, shape: tuple[int, ...]) -> None:
     """As with ``nn.Linear``: where a sharding library hooks the output, a change in place of a view drops its hook."""
-    x = torch.randn(shape)
-    assert not nn.Linear(D, D)(x)._is_view() and not sonic.MoE(D, N, E, K)(x)._is_view()
+    x = torch.randn(shape, device=device, requires_grad=True)
+    assert not nn.Linear(D, D, bias=False, device=device)(x)._is_view()
+    layer = sonic.MoE(D, N, E, K, shared_intermediate_size=shared, device=device)
+    y = layer(x)
+    assert not y._is_view() and y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        assert not layer(x)._is_view()
 
 
 def test_output_may_be_changed_in_place() -> None:
@@ -506,6 +514,149 @@ def test_router_with_any_number_of_experts_per_token() -> None:
     assert max(error(got[name], gradient) for name, gradient in want.items()) <= 1e-12
 
 
+@pytest.mark.parametrize("tokens", [torch.bfloat16, torch.float16])
+def test_float32_router_in_a_16_bit_layer(tokens: torch.dtype) -> None:
+    """Routing as in float32, the experts in 16 bits; gradients and a step of the optimizer for both."""
+    layer = layer_with_losses(tokens, bias=True, shared_intermediate_size=6)
+    layer.router = router_with_losses(dtype=torch.float32)
+    x = torch.randn(2, T, D).to(tokens).requires_grad_()
+    y, routing = layer(x, return_routing=True)
+    assert y.dtype == tokens and y.shape == x.shape and torch.equal(layer(x), y)
+    alone = layer.router(x.detach().float().reshape(-1, D))
+    assert torch.equal(routing.expert_index, alone.expert_index)
+    torch.testing.assert_close(routing.scores, alone.scores)
+    layer(x).float().square().sum().backward()
+    assert x.grad.dtype == tokens and layer.w1.grad.dtype == tokens and x.grad.any() and layer.w1.grad.any()
+    weight = layer.router.weight
+    assert weight.grad.dtype == torch.float32 and weight.grad.any()
+    before = weight.detach().clone()
+    torch.optim.SGD(layer.parameters(), lr=1e-6).step()
+    assert not torch.equal(weight, before), "a step that bf16 would round away"
+
+
+class Listening(TopKRouter):
+    """Remembers what it is called with, beside the tokens."""
+
+    def __init__(self, wants_sequence_length: bool) -> None:
+        super().__init__(D, E, K)
+        self.heard: list[dict[str, Any]] = []
+        self.wants = wants_sequence_length
+
+    @property
+    def wants_sequence_length(self) -> bool:
+        return self.wants
+
+    def forward(self, x_TD: Tensor, **inputs: Any) -> Routing:
+        self.heard.append(inputs)
+        return super().forward(x_TD)
+
+
+def test_the_router_gets_further_arguments_as_they_are() -> None:
+    router = Listening(wants_sequence_length=False)
+    layer, x, ids = sonic.MoE(D, N, E, K, router=router), torch.randn(2, 5, D), torch.arange(10).reshape(2, 5)
+    y, _ = layer(x, return_routing=True, token_ids=ids, flag=None)
+    assert router.heard[0]["token_ids"] is ids and router.heard[0] == {"token_ids": ids, "flag": None}
+    assert torch.equal(layer(x, mask="any"), y) and torch.equal(layer(x), y)
+    assert router.heard[1:] == [{"mask": "any"}, {}]
+    with pytest.raises(TypeError, match="token_ids"):
+        sonic.MoE(D, N, E, K)(x, token_ids=ids)
+
+
+def test_hash_routing_in_a_layer() -> None:
+    layer = sonic.MoE(D, N, E, K, router=HashRouter(D, E, K, vocab_size=30, dtype=torch.float64), dtype=torch.float64)
+    x, ids = torch.randn(3, 4, D, dtype=torch.float64), torch.randint(30, (3, 4))
+    y, routing = layer(x, return_routing=True, token_ids=ids)
+    assert torch.equal(routing.expert_index, layer.router.expert_of_id[ids.reshape(-1)])
+    for at in itertools.product(range(3), range(4)):
+        assert error(layer(x[at], token_ids=ids[at]), y[at]) <= 1e-13
+    with pytest.raises(ValueError, match="token_ids is None, expected the ids of the tokens"):
+        layer(x)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, D), (3, 2, 5, D), (2, 0, D), (0, 5, D)], ids=str)
+def test_the_router_is_told_where_sequences_begin(shape: tuple[int, ...]) -> None:
+    router = Listening(wants_sequence_length=True)
+    layer, x = sonic.MoE(D, N, E, K, router=router), torch.randn(shape)
+    layer(x)
+    layer(x, sequence_length=None)
+    layer(x, sequence_length=7)
+    layer(x.reshape(-1, D), sequence_length=7)  # flat tokens, if the caller says it
+    assert router.heard == [{"sequence_length": length} for length in (shape[-2], shape[-2], 7, 7)]
+    router.wants = False
+    layer(x)
+    assert router.heard[-1] == {}
+
+
+def test_loss_per_sequence_in_a_layer() -> None:
+    router = TopKRouter(D, E, K, aux_loss_type="sequence", aux_loss_coeff=0.3, dtype=torch.float64)
+    layer = sonic.MoE(D, N, E, K, router=router, dtype=torch.float64)
+    x = torch.randn(3, 7, D, dtype=torch.float64)
+    y, routing = layer(x, return_routing=True)
+    alone = torch.stack([layer(sequence[None], return_routing=True)[1].aux_loss for sequence in x])
+    torch.testing.assert_close(routing.aux_loss, alone.mean())
+    (attached,) = torch.autograd.grad(layer(x).sum(), router.weight)
+    (want,) = torch.autograd.grad(y.sum() + routing.aux_loss, router.weight)
+    assert error(attached, want) <= 1e-12
+
+
+class OnInput(nn.Module):
+    """Top-1, whose score multiplies what the expert gets."""
+
+    def __init__(self, dtype: torch.dtype, **options: Any) -> None:
+        super().__init__()
+        self.inner = TopKRouter(D, E, 1, score_function="sigmoid", dtype=dtype, **options)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        routing = self.inner(x_TD)
+        routing.scores_on = "input"
+        return routing
+
+
+def on_input(dtype: torch.dtype, shared: int = 7) -> sonic.MoE:
+    router = OnInput(dtype, aux_loss_coeff=0.3)
+    return sonic.MoE(D, N, E, 1, router=router, bias=True, shared_intermediate_size=shared, dtype=dtype)
+
+
+@pytest.mark.parametrize("shared", [0, 7])
+def test_scores_on_the_input(shared: int) -> None:
+    """The score multiplies the expert's tokens; the shared expert's stay as they are; losses reach backward still."""
+    layer = on_input(torch.float64, shared)
+    x = torch.randn(2, 9, D, dtype=torch.float64, requires_grad=True)
+    y, routing = layer(x, return_routing=True)
+    x_TD = x.reshape(-1, D)
+    logits_TE = x_TD @ layer.router.inner.weight.t()
+    best_T = logits_TE.argmax(1)
+    scaled_TD = x_TD * torch.sigmoid(logits_TE.gather(1, best_T[:, None]))
+    h_TU = torch.einsum("td,tud->tu", scaled_TD, layer.w1[best_T]) + layer.b1[best_T]
+    a_TN = dense_activation("swiglu", "concatenated", h_TU)
+    wanted = torch.einsum("tn,tdn->td", a_TN, layer.w2[best_T]) + layer.b2[best_T]
+    if layer.shared is not None:
+        h_TU = F.linear(x_TD, layer.shared.w1, layer.shared.b1)
+        wanted = wanted + F.linear(dense_activation("swiglu", "concatenated", h_TU), layer.shared.w2, layer.shared.b2)
+    wanted = wanted.reshape(x.shape)
+    assert error(y, wanted) <= 1e-13 and torch.equal(layer(x), y)
+    dy = torch.randn_like(y)
+    want = gradients_of(layer, x, wanted, dy)
+    got = gradients_of(layer, x, y, dy)
+    for name, gradient in want.items():
+        assert gradient.norm() > 1e-3 and error(got[name], gradient) <= 1e-12, name
+    attached = gradients_of(layer, x, layer(x), dy)
+    parameters = (x, layer.router.inner.weight)
+    of_loss = torch.autograd.grad(layer(x, return_routing=True)[1].aux_loss, parameters)
+    for name, gradient in zip(("x", "router.inner.weight"), of_loss, strict=True):
+        assert gradient.norm() > 1e-3 and error(attached[name] - want[name], gradient) <= 1e-12, name
+
+
+def test_scores_on_the_input_in_16_bits_and_without_tokens() -> None:
+    layer = on_input(torch.bfloat16)
+    x = torch.randn(0, 3, D, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16 and y.shape == x.shape
+    x = torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).float().sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and layer.router.inner.weight.grad.any()
+
+
 # ---------------------------------------------------------------- at home in PyTorch
 
 
@@ -527,6 +678,31 @@ def test_compile(dtype: torch.dtype, autocast: bool) -> None:
         results.append({"y": y} | gradients_of(layer, x, y, dy.to(y.dtype)))
     for name, want in results[0].items():
         assert results[1][name].dtype == want.dtype and torch.equal(results[1][name], want), name
+
+
+@pytest.mark.parametrize("shape", [(D,), (2, 5, D), (2, 0, D)], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "scores on input", "sequences", "token ids"])
+def test_compile_further_calls(kind: str, dynamic: bool, shape: tuple[int, ...]) -> None:
+    """One graph whatever the shape of the tokens, what the router is told beside them, and where scores multiply."""
+    torch._dynamo.reset()
+    inputs: dict[str, Any] = {}
+    if kind == "plain":
+        layer = layer_with_losses(bias=True, shared_intermediate_size=6)
+    elif kind == "scores on input":
+        layer = on_input(torch.float32)
+    elif kind == "sequences":
+        layer = sonic.MoE(D, N, E, K, router=router_with_losses(aux_loss_type="sequence"))
+        inputs = {"sequence_length": 1} if len(shape) == 1 else {}
+    else:
+        layer = sonic.MoE(D, N, E, K, router=Listening(wants_sequence_length=False))
+        inputs = {"token_ids": torch.arange(math.prod(shape[:-1])).reshape(shape[:-1])}
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x = torch.randn(shape, requires_grad=True)
+    y, want = compiled(x, **inputs), layer(x, **inputs)
+    assert torch.equal(y, want) and not y._is_view()
+    got, wanted = (gradients_of(layer, x, out, torch.ones_like(x)) for out in (y, want))
+    assert all(torch.equal(got[name], gradient) for name, gradient in wanted.items())
 
 
 def test_compile_for_any_number_of_tokens() -> None:

@@ -70,7 +70,8 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "experts_bwd-only-scores": (dout, x, h, w1, w2, b1, b2, scores, offset, token, *ACT, *[False] * 5, True),
         "topk_softmax": (logits, 2),
         "topk_softmax-sigmoid": (logits, 2, "sigmoid", False, True, 2.5),
-        "topk_softmax-before": (logits, 1, "softmax", True, False, 1.0, "reference"),
+        "topk_softmax-before": (logits, 1, "softmax", True, False, 1.0, None, 1, 1, "reference"),
+        "topk_softmax-bias-groups": (logits, 2, "sqrtsoftplus", False, True, 2.5, torch.randn(3), 3, 2),
         "build_plan": (expert, pairs, 6, 3),
         "build_plan-optional-none": (expert.int(), None, 6, 3),
     }

@@ -2,12 +2,9 @@
 
 A :class:`Request` holds metadata only, no tensor, so "what would an H100 do with this shape" is a question that a CPU
 can answer. Each backend is a package ``sonic.kernels.<name>`` that is imported when it is first asked, and answers with
-reasons: an
-empty list means that it can serve. Automatic choice takes the first of :func:`backends` that can; a name that was
-insisted on (the
-``backend`` argument, or the environment variable ``SONIC_BACKEND``) and cannot serve raises with the reasons. Nothing
-falls back in silence:
-automatic choice that ends at the reference on an accelerator warns.
+reasons: an empty list means that it can serve. Automatic choice takes the first of :func:`backends` that can; a name
+that was insisted on (the ``backend`` argument, or the environment variable ``SONIC_BACKEND``) and cannot serve raises
+with the reasons. Nothing falls back in silence: automatic choice that ends at the reference on an accelerator warns.
 """
 
 from __future__ import annotations
@@ -28,9 +25,15 @@ from torch import Tensor
 from sonic.shapes import argument_error, check_choice, check_positive
 
 __all__ = [
+    "ACTIVATIONS",
+    "FLOAT_DTYPES",
+    "GATED_ACTIVATIONS",
+    "OPS",
     "Explanation",
     "Request",
+    "UnsupportedError",
     "backends",
+    "check_float_dtype",
     "counts",
     "explain",
     "has_kernel",
@@ -42,18 +45,26 @@ __all__ = [
     "unusable_reasons",
 ]
 
-_BACKENDS = ("cute", "triton", "reference")
-_COUNTS: Counter[tuple[str, str]] = Counter()
-
-GEMM_OPS = (
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai")
+ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2", "silu")
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+OPS = (
     "up_proj",
     "down_proj",
     "down_proj_bwd_input",
     "down_proj_bwd_weight",
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
+    "combine",
+    "experts",
+    "experts_bwd",
+    "topk_softmax",
+    "build_plan",
 )
-OPS = (*GEMM_OPS, "combine", "experts", "experts_bwd", "topk_softmax", "build_plan")
+_TOLD_THE_ACTIVATION = ("up_proj", "down_proj_bwd_input", "experts", "experts_bwd")
+
+_BACKENDS = ("cute", "triton", "reference")
+_COUNTS: Counter[tuple[str, str]] = Counter()
 
 
 class UnsupportedError(ValueError):
@@ -68,7 +79,7 @@ class Request:
         op: one of the op names, such as ``"up_proj"``.
         device_type: ``"cpu"``, ``"cuda"``, …
         arch: compute capability as an integer (90 for sm_90), ``None`` where there is none.
-        dtype: dtype of the matrices (of the logits or indices for the routing ops).
+        dtype: dtype of the matrices (of the logits for ``topk_softmax``, of the indices for ``build_plan``).
         num_rows: R, routed rows (T * K for the routing ops).
         num_experts: E; 0 where the op has none.
         hidden_size: D; 0 where the op has none.
@@ -122,6 +133,16 @@ def backends() -> tuple[str, ...]:
     return _BACKENDS
 
 
+def check_float_dtype(where: str, argument: str, dtype: object) -> None:
+    """Refuse what is no dtype that the experts' matrices can have.
+
+    Raises:
+        ValueError: naming the argument and those dtypes.
+    """
+    if dtype not in FLOAT_DTYPES:
+        raise argument_error(where, argument, repr(dtype), " or ".join(map(str, FLOAT_DTYPES)))
+
+
 def unusable_reasons(backend: str, device_type: str, arch: int | None = None) -> list[str]:
     """Why ``backend`` cannot be used on such a device, whatever the shapes; empty = it can.
 
@@ -157,14 +178,18 @@ def explain(
     Args:
         op: op name, such as ``"up_proj"``.
         num_tokens, num_experts, top_k, hidden_size, intermediate_size: T, E, K, D and N.
-        dtype: dtype of the matrices.
+        dtype: dtype of the experts' matrices; logits are at least float32, indices int32.
         device: a device or its type; need not be present if ``arch`` is given.
         arch: compute capability as an integer (90 for an H100); asked from the device when it is left out on CUDA.
         activation: a name in ``sonic.ACTIVATIONS``.
         backend: insist on one, as the layers' argument of that name does.
 
+    Returns:
+        The answer; its ``request`` is the one that a layer of these sizes makes.
+
     Raises:
-        ValueError: unknown op, backend or device; sizes that are no positive integers.
+        ValueError: unknown op, activation, dtype or backend; sizes or an ``arch`` that are no positive integers.
+        RuntimeError: a device that torch does not know.
     """
     where = "sonic.kernels.explain"
     check_choice(where, "op", op, OPS)
@@ -178,17 +203,14 @@ def explain(
     )
     if top_k > num_experts:
         raise argument_error(where, "top_k", top_k, f"at most num_experts = {num_experts}")
+    check_float_dtype(where, "dtype", dtype)
+    check_choice(where, "activation", activation, ACTIVATIONS)
+    if arch is not None:
+        check_positive(where, arch=arch)
     device = torch.device(device)
-    request = Request(
-        op,
-        device.type,
-        arch if arch is not None else _arch(device),
-        dtype,
-        num_tokens * top_k,
-        num_experts,
-        hidden_size,
-        intermediate_size,
-        activation,
+    arch = _arch(device) if arch is None else arch
+    request = _imagine(
+        op, device.type, arch, dtype, num_tokens * top_k, num_experts, hidden_size, intermediate_size, activation
     )
     reasons = {name: _reasons(name, request) for name in _BACKENDS}
     insisted, source = _insisted(where, backend)
@@ -217,12 +239,13 @@ def request_of(op: str, tensor: Tensor, **metadata: Any) -> Request:
     return Request(op, tensor.device.type, _arch(tensor.device), tensor.dtype, **metadata)
 
 
-def select(request: Request, backend: str | None = None) -> str:
+def select(request: Request, backend: str | None = None, *, warn: bool = True) -> str:
     """Name of the backend that serves ``request``.
 
     Args:
         request: what is asked.
         backend: insist on this one; ``None`` asks ``SONIC_BACKEND``, then takes the first that can.
+        warn: warn if that is the reference on an accelerator; a call that runs something does.
 
     Raises:
         ValueError: unknown name.
@@ -237,23 +260,20 @@ def select(request: Request, backend: str | None = None) -> str:
                 f"{where}: {source} is {insisted!r}, which cannot serve this call: " + "; ".join(reasons)
             )
         return insisted
-    rejected: dict[str, list[str]] = {}
+    rejected: list[str] = []
     for name in _BACKENDS:
         reasons = _reasons(name, request)
-        if reasons:
-            rejected[name] = reasons
-            continue
-        if name == "reference" and request.device_type != "cpu":
-            told = "; ".join(f"{other}: {', '.join(why)}" for other, why in rejected.items())
-            warnings.warn(
-                f"{where} runs in plain torch on {request.device_type}, which is slow ({told}); "
-                "pass backend='reference' to ask for that and silence this",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return name
-    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in rejected.items())
-    raise UnsupportedError(f"{where}: no backend can serve {request}: {told}")
+        if not reasons:
+            if warn and name == "reference" and request.device_type != "cpu":
+                warnings.warn(
+                    f"{where} runs in plain torch on {request.device_type}, which is slow ({'; '.join(rejected)}); "
+                    "pass backend='reference' to ask for that and silence this",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return name
+        rejected.append(f"{name}: {', '.join(reasons)}")
+    raise UnsupportedError(f"{where}: no backend can serve {request}: {'; '.join(rejected)}")
 
 
 def has_kernel(request: Request, backend: str | None) -> bool:
@@ -262,7 +282,7 @@ def has_kernel(request: Request, backend: str | None) -> bool:
     Raises:
         ValueError, UnsupportedError: as :func:`select`.
     """
-    return hasattr(_load(select(request, backend)), request.op)
+    return hasattr(_load(select(request, backend, warn=False)), request.op)
 
 
 def run(request: Request, backend: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -285,8 +305,33 @@ def tile_rows(request: Request, backend: str | None = None) -> int:
     Raises:
         ValueError, UnsupportedError: as :func:`select`.
     """
-    rows: int = _load(select(request, backend)).tile_rows(request)
+    rows: int = _load(select(request, backend, warn=False)).tile_rows(request)
     return rows
+
+
+def _imagine(
+    op: str,
+    device_type: str,
+    arch: int | None,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    activation: str,
+) -> Request:
+    """The request that a layer of these sizes makes of ``op``: what the op has or is told, as ``ops`` fills it."""
+    request = functools.partial(Request, op, device_type, arch)
+    if op == "combine":
+        return request(dtype, num_rows, hidden_size=hidden_size)
+    if op == "topk_softmax":
+        return request(torch.promote_types(dtype, torch.float32), num_rows, num_experts)
+    if op == "build_plan":
+        return request(torch.int32, num_rows, num_experts)
+    if op.startswith("up_proj_bwd") and activation in GATED_ACTIVATIONS:
+        intermediate_size *= 2
+    told = activation if op in _TOLD_THE_ACTIVATION else None
+    return request(dtype, num_rows, num_experts, hidden_size, intermediate_size, told)
 
 
 def _insisted(where: str, backend: str | None) -> tuple[str | None, str]:

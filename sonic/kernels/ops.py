@@ -2,16 +2,14 @@
 
 Each function below is a ``torch.library`` custom op (``torch.ops.sonic.<name>``): its docstring is the contract that
 every backend keeps, its body checks the arguments, describes the call as a :class:`~sonic.kernels.dispatch.Request` and
-lets
-:mod:`sonic.kernels.dispatch` run it, and its fake tells compilers the shapes. Ops take tensors of a
+lets :mod:`sonic.kernels.dispatch` run it, and its fake tells compilers the shapes. Ops take tensors of a
 :class:`~sonic.routing.plan.RoutingPlan`, not the plan: an op's arguments have to be tensors and numbers. Gradients are
 not taken through single ops; :mod:`sonic.functional` joins them.
 
 All matrices are row-major, on one device and of one floating dtype (float64, float32, float16 or bfloat16); products
-are accumulated in at least float32. ``token_of_row_R=None`` means that the rows already stand in order: row r reads row
-r. Rows from
-``expert_offset_E1[E]`` on belong to no expert: they come out as zeros where rows are written for a caller, and count
-nowhere.
+are accumulated in at least float32. Rows and tokens are counted in int32, so there are fewer than 2**31 of each.
+``token_of_row_R=None`` means that the rows already stand in order: row r reads row r. Rows from ``expert_offset_E1[E]``
+on belong to no expert: they come out as zeros where rows are written for a caller, and count nowhere.
 
 Cost is given as floating point operations and as bytes moved for 16-bit values, ideal caches.
 
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sonic.kernels import dispatch
+from sonic.kernels.dispatch import ACTIVATIONS, FLOAT_DTYPES, GATED_ACTIVATIONS, check_float_dtype
 from sonic.shapes import (
     argument_error,
     check_choice,
@@ -38,12 +37,15 @@ from sonic.shapes import (
 
 __all__ = [
     "ACTIVATIONS",
+    "FLOAT_DTYPES",
     "GATED_ACTIVATIONS",
     "GLU_LAYOUTS",
     "SCORE_FUNCTIONS",
     "build_plan",
     "check_backend",
+    "check_float_dtype",
     "check_groups",
+    "check_row_count",
     "combine",
     "down_proj",
     "down_proj_bwd_input",
@@ -58,12 +60,9 @@ __all__ = [
     "up_proj_bwd_weight",
 ]
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai")
-ACTIVATIONS = (*GATED_ACTIVATIONS, "gelu", "relu", "relu2", "silu")
 GLU_LAYOUTS = ("concatenated", "interleaved")
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INT32 = (torch.int32,)
 
 
@@ -247,21 +246,8 @@ def down_proj_bwd_input(
     request = _request(
         "down_proj_bwd_input", dout_TD, w2_EDN, h_RU.shape[0], w2_EDN.shape[1], w2_EDN.shape[2], activation
     )
-    return dispatch.run(
-        request,
-        backend,
-        dout_TD,
-        h_RU,
-        w2_EDN,
-        b2_ED,
-        row_scores_R,
-        token_of_row_R,
-        expert_offset_E1,
-        activation,
-        glu_layout,
-        need_dh,
-        need_dscores,
-    )
+    tensors = (dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1)
+    return dispatch.run(request, backend, *tensors, activation, glu_layout, need_dh, need_dscores)
 
 
 @down_proj_bwd_input.register_fake
@@ -466,7 +452,7 @@ def experts(
         x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout,
             need_h, backend: as in those ops.
         row_by_token_R, token_offset_T1: as in :func:`combine`; None, with ``token_of_row_R`` None: rows stand in order
-        and are not summed.
+            and are not summed.
 
     Returns:
         out_TD: the sums, or without maps the finished rows (R, D).
@@ -475,36 +461,11 @@ def experts(
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
-    _check_experts(
-        "experts",
-        x_TD,
-        w1_EUD,
-        w2_EDN,
-        b1_EU,
-        b2_ED,
-        row_scores_R,
-        expert_offset_E1,
-        token_of_row_R,
-        activation,
-        glu_layout,
-    )
+    rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
+    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
     request = _request("experts", x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
     if dispatch.has_kernel(request, backend):
-        return dispatch.run(
-            request,
-            backend,
-            x_TD,
-            w1_EUD,
-            w2_EDN,
-            b1_EU,
-            b2_ED,
-            row_scores_R,
-            expert_offset_E1,
-            token_of_row_R,
-            activation,
-            glu_layout,
-            need_h,
-        )
+        return dispatch.run(request, backend, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names, need_h)
     h_RU, a_RN = up_proj(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h, backend)
     if token_of_row_R is None:
         return down_proj(a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, backend), h_RU
@@ -530,21 +491,10 @@ def _(
     need_h=True,
     backend=None,
 ):
-    _check_experts(
-        "experts",
-        x_TD,
-        w1_EUD,
-        w2_EDN,
-        b1_EU,
-        b2_ED,
-        row_scores_R,
-        expert_offset_E1,
-        token_of_row_R,
-        activation,
-        glu_layout,
-    )
-    rows = _rows(x_TD, token_of_row_R)
-    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(rows if need_h else 0, w1_EUD.shape[1])
+    rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
+    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    num_rows = _rows(x_TD, token_of_row_R)
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(num_rows if need_h else 0, w1_EUD.shape[1])
 
 
 @torch.library.custom_op("sonic::experts_bwd", mutates_args=())
@@ -586,50 +536,19 @@ def experts_bwd(
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
     op = "experts_bwd"
-    _check_experts(
-        op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout
-    )
+    rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
+    _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
     _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
     request = _request(op, x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
     if dispatch.has_kernel(request, backend):
-        return dispatch.run(
-            request,
-            backend,
-            dout_TD,
-            x_TD,
-            h_RU,
-            w1_EUD,
-            w2_EDN,
-            b1_EU,
-            b2_ED,
-            row_scores_R,
-            expert_offset_E1,
-            token_of_row_R,
-            activation,
-            glu_layout,
-            need_dx,
-            need_dw1,
-            need_dw2,
-            need_db1,
-            need_db2,
-            need_dscores,
-        )
+        tensors = (dout_TD, x_TD, h_RU, w1_EUD, w2_EDN, b1_EU, b2_ED)
+        gradients = (need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores)
+        return dispatch.run(request, backend, *tensors, *rows, *names, *gradients)
     if h_RU is None:
         h_RU, _ = up_proj(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, True, backend)
-    need_dh = need_dx or need_dw1 or need_db1
+    needed = (need_dx or need_dw1 or need_db1, need_dscores)
     dh_RU, scaled_a_RN, dscores_R = down_proj_bwd_input(
-        dout_TD,
-        h_RU,
-        w2_EDN,
-        b2_ED,
-        row_scores_R,
-        token_of_row_R,
-        expert_offset_E1,
-        activation,
-        glu_layout,
-        need_dh,
-        need_dscores,
-        backend,
+        dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, *names, *needed, backend
     )
     del h_RU
     dw2_EDN, db2_ED = w2_EDN.new_empty(0, *w2_EDN.shape[1:]), w2_EDN.new_empty(0, w2_EDN.shape[1])
@@ -672,24 +591,21 @@ def _(
     need_dscores=True,
     backend=None,
 ):
-    op = "experts_bwd"
-    _check_experts(
-        op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout
-    )
+    rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
+    _check_experts("experts_bwd", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
     _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
 
     def gradient(needed, like):
         return like.new_empty(like.shape[0] if needed else 0, *like.shape[1:])
 
-    rows = _rows(x_TD, token_of_row_R)
-    experts = w1_EUD.shape[0]
+    num_rows, num_experts = _rows(x_TD, token_of_row_R), w1_EUD.shape[0]
     return (
         gradient(need_dx, x_TD),
         gradient(need_dw1, w1_EUD),
         gradient(need_dw2, w2_EDN),
-        x_TD.new_empty(experts if need_db1 else 0, w1_EUD.shape[1]),
-        x_TD.new_empty(experts if need_db2 else 0, w2_EDN.shape[1]),
-        x_TD.new_empty(rows if need_dscores else 0, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
+        x_TD.new_empty(num_experts if need_db1 else 0, w1_EUD.shape[1]),
+        x_TD.new_empty(num_experts if need_db2 else 0, w2_EDN.shape[1]),
+        x_TD.new_empty(num_rows if need_dscores else 0, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
     )
 
 
@@ -779,7 +695,7 @@ def build_plan(
     Args:
         expert_of_slot_P: integer, 0 <= expert < num_experts.
         token_of_slot_P: integer, 0 <= token < num_tokens, any order; None: slot p belongs to token p // (P // T), as in
-        top-K.
+            top-K.
         num_tokens: T.
         num_experts: E.
         backend: insist on a backend.
@@ -789,8 +705,7 @@ def build_plan(
 
     Raises:
         ValueError: wrong shapes or dtypes; on a CPU also an index out of range, or a token twice at one expert (an
-        accelerator
-            reports those as a device-side assertion, since looking would cost a synchronisation).
+            accelerator reports those as a device-side assertion, since looking would cost a synchronisation).
     """
     _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
     request = dispatch.request_of(
@@ -838,12 +753,14 @@ def _request(op, tensor, weight, num_rows, hidden_size, intermediate_size, activ
 def _check_rows(op, name, x_TD, token_of_row_R, expert_offset_E1):
     where = f"sonic.{op}"
     check_shape(where, name, x_TD, T=None, D=None)
-    check_dtype(where, name, x_TD, _FLOATS)
+    check_dtype(where, name, x_TD, FLOAT_DTYPES)
+    check_row_count(where, name, x_TD)
     check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
     check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
     if token_of_row_R is not None:
         check_shape(where, "token_of_row_R", token_of_row_R, R=None)
         check_dtype(where, "token_of_row_R", token_of_row_R, _INT32)
+        check_row_count(where, "token_of_row_R", token_of_row_R)
     others = (("expert_offset_E1", expert_offset_E1), ("token_of_row_R", token_of_row_R))
     check_same(where, (name, x_TD), others, dtype=False)
 
@@ -866,14 +783,15 @@ def _check_row_scores(op, row_scores_R, like, num_rows):
         return
     where = f"sonic.{op}"
     check_shape(where, "row_scores_R", row_scores_R, R=num_rows)
-    check_dtype(where, "row_scores_R", row_scores_R, _FLOATS)
+    check_dtype(where, "row_scores_R", row_scores_R, FLOAT_DTYPES)
     check_same(where, ("rows", like), (("row_scores_R", row_scores_R),), dtype=False)
 
 
 def _check_down(op, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, num_rows):
     where = f"sonic.{op}"
     check_shape(where, "a_RN", a_RN, R=None, N=None)
-    check_dtype(where, "a_RN", a_RN, _FLOATS)
+    check_dtype(where, "a_RN", a_RN, FLOAT_DTYPES)
+    check_row_count(where, "a_RN", a_RN)
     check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
     check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
     experts = expert_offset_E1.shape[0] - 1
@@ -943,7 +861,8 @@ def _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1):
 def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
     where = "sonic.combine"
     check_shape(where, "y_RD", y_RD, R=None, D=None)
-    check_dtype(where, "y_RD", y_RD, _FLOATS)
+    check_dtype(where, "y_RD", y_RD, FLOAT_DTYPES)
+    check_row_count(where, "y_RD", y_RD)
     check_shape(where, "row_by_token_R", row_by_token_R, R=y_RD.shape[0])
     check_dtype(where, "row_by_token_R", row_by_token_R, _INT32)
     check_shape(where, "token_offset_T1", token_offset_T1, T1=None)
@@ -956,7 +875,7 @@ def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
 def _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk):
     where = "sonic.topk_softmax"
     check_shape(where, "logits_TE", logits_TE, T=None, E=None)
-    check_dtype(where, "logits_TE", logits_TE, _FLOATS)
+    check_dtype(where, "logits_TE", logits_TE, FLOAT_DTYPES)
     check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
     num_experts = logits_TE.shape[1]
     if not 1 <= top_k <= num_experts:
@@ -975,6 +894,20 @@ def check_backend(where: str, backend: str | None) -> None:
     """
     if backend is not None:
         check_choice(where, "backend", backend, dispatch.backends())
+
+
+def check_row_count(where: str, argument: str, tensor: Tensor) -> None:
+    """Refuse more rows, tokens or slots than int32 counts; a compiler's symbolic size passes until the op runs.
+
+    Raises:
+        ValueError: naming the argument and its shape.
+    """
+    if _is_too_many(tensor.shape[0]):
+        raise argument_error(where, argument, tuple(tensor.shape), "a first dimension below 2**31")
+
+
+def _is_too_many(count):
+    return not torch.compiler.is_compiling() and isinstance(count, int) and count >= 2**31
 
 
 def check_groups(where: str, num_experts: int, top_k: int, num_groups: int, group_topk: int) -> None:
@@ -1009,6 +942,9 @@ def _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):
     where = "sonic.build_plan"
     check_shape(where, "expert_of_slot_P", expert_of_slot_P, P=None)
     check_integer(where, "expert_of_slot_P", expert_of_slot_P)
+    check_row_count(where, "expert_of_slot_P", expert_of_slot_P)
+    if _is_too_many(num_tokens):
+        raise argument_error(where, "num_tokens", num_tokens, "below 2**31")
     slots = expert_of_slot_P.shape[0]
     if token_of_slot_P is not None:
         check_shape(where, "token_of_slot_P", token_of_slot_P, P=slots)

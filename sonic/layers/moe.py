@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sonic.autograd import autocast_dtype
-from sonic.functional import check_options, expert_mlp, moe_mlp, up_rows
+from sonic.functional import check_options, check_scores, expert_mlp, moe_mlp, up_rows
 from sonic.routing.losses import attach_loss
+from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing
 from sonic.routing.topk import TopKRouter
 from sonic.shapes import argument_error, check_choice, check_positive, check_same, check_shape
@@ -21,6 +22,7 @@ __all__ = ["MoE", "SharedExpert", "set_aux_loss_scale"]
 Init = str | Callable[[Tensor], object]  # "linear", "normal", or a function that fills a matrix in place
 
 _INITS = ("linear", "normal")
+_SCORES_ON = ("output", "input")
 
 
 class MoE(nn.Module):
@@ -67,13 +69,13 @@ class MoE(nn.Module):
             hidden_size: D.
             intermediate_size: N, width of one expert.
             num_experts: E.
-            top_k: K, at most E; experts per token of the default router.
+            top_k: K, at most E; experts per token.
             activation: a name in ``sonic.ACTIVATIONS``.
             bias: give every projection of the experts a bias.
-            router: a module that maps (T, D) tokens to a :class:`sonic.routing.Routing`; None:
-                ``TopKRouter(hidden_size, num_experts, top_k)``, which has no auxiliary loss. Pass ``TopKRouter(...,
-                aux_loss_coeff=0.01)`` to balance the
-                load.
+            router: a module that maps (T, D) tokens to a :class:`sonic.routing.Routing`; its ``hidden_size``,
+                ``num_experts`` and ``top_k``, if it has them, are those of the layer. Its parameters may be float32
+                where the layer's have 16 bits. None: ``TopKRouter(hidden_size, num_experts, top_k)``, which has no
+                auxiliary loss; pass ``TopKRouter(..., aux_loss_coeff=0.01)`` to balance the load.
             shared_intermediate_size: width of an expert that every token passes; 0: none.
             glu_layout: ``"concatenated"`` or ``"interleaved"`` rows of ``w1``.
             save: what backward keeps: ``"preactivation"`` or ``"input"``, see :mod:`sonic.functional`.
@@ -83,10 +85,10 @@ class MoE(nn.Module):
                 at a time (biases zero).
             init_std: standard deviation for ``"normal"``.
             device: of the parameters; ``"meta"`` builds the layer without memory.
-            dtype: of the parameters.
+            dtype: of the parameters: bf16, fp16, fp32 or fp64.
 
         Raises:
-            ValueError: sizes, names or a router that do not fit.
+            ValueError: sizes, names, a dtype or a router that do not fit.
         """
         super().__init__()
         where = "sonic.MoE"
@@ -95,12 +97,12 @@ class MoE(nn.Module):
         )
         if top_k > num_experts:
             raise argument_error(where, "top_k", top_k, f"at most num_experts = {num_experts}")
-        check_options(where, activation, glu_layout, save, backend)
+        check_options(where, activation, glu_layout, save, backend, dtype)
         _check_init(where, init, init_std)
         if shared_intermediate_size:
             check_positive(where, shared_intermediate_size=shared_intermediate_size)
         if router is not None:
-            _check_router(where, router, hidden_size, num_experts)
+            _check_router(where, router, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
@@ -137,8 +139,9 @@ class MoE(nn.Module):
         _reset_experts(self.w1, self.w2, self.b1, self.b2, init, init_std)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, the router's (if it has a ``reset_parameters``) and the shared expert's included;
-        after ``to_empty``, say.
+        """Draw all parameters anew, also the router's (if it has a ``reset_parameters``) and the shared expert's.
+
+        After ``to_empty``, say.
         """
         _reset_experts(self.w1, self.w2, self.b1, self.b2, self.init, self.init_std)
         for child in (self.router, self.shared):
@@ -147,12 +150,12 @@ class MoE(nn.Module):
                 reset()
 
     @overload
-    def forward(self, x: Tensor, return_routing: Literal[False] = False) -> Tensor: ...
+    def forward(self, x: Tensor, return_routing: Literal[False] = False, **router_inputs: Any) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, return_routing: Literal[True]) -> tuple[Tensor, Routing]: ...
+    def forward(self, x: Tensor, return_routing: Literal[True], **router_inputs: Any) -> tuple[Tensor, Routing]: ...
 
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, return_routing: bool = False, **router_inputs: Any) -> Tensor | tuple[Tensor, Routing]:
         """Route the tokens, apply their experts, sum.
 
         In training mode the router's auxiliary loss reaches backward by itself: the gradient of ``aux_loss_scale *
@@ -160,14 +163,18 @@ class MoE(nn.Module):
         differentiated through the output.
 
         Args:
-            x: (..., D), of the parameters' dtype unless autocast is on; zero tokens are fine.
+            x: (..., D), of the parameters' dtype unless autocast is on; zero tokens are fine. (batch, sequence, D) for
+                a router that wants to know where sequences begin (its ``wants_sequence_length`` is true), unless
+                ``sequence_length`` is given.
             return_routing: return the routing too, and attach nothing: add ``routing.aux_loss`` to your loss yourself.
+            router_inputs: handed to the router as they are, such as ``token_ids`` of the leading shape of x for
+                :class:`sonic.routing.HashRouter`.
 
         Returns:
             y of the shape and dtype of x (autocast's dtype where that is on), or (y, Routing).
 
         Raises:
-            ValueError: shape, dtype or device do not fit the parameters.
+            ValueError: shape, dtype or device do not fit the parameters, or what the router returned does not fit x.
         """
         where = "sonic.MoE"
         if not isinstance(x, Tensor):
@@ -175,13 +182,24 @@ class MoE(nn.Module):
         if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise argument_error(where, "x", tuple(x.shape), f"(..., D) = (..., {self.hidden_size})")
         check_same(where, ("w1", self.w1), (("x", x),), dtype=autocast_dtype(x.device) is None)
+        if getattr(self.router, "wants_sequence_length", False) and router_inputs.get("sequence_length") is None:
+            if x.ndim < 3:
+                wanted = "(batch, sequence, D), or sequence_length=...: the router has to know where sequences begin"
+                raise argument_error(where, "x", tuple(x.shape), wanted)
+            router_inputs["sequence_length"] = x.shape[-2]
         x_TD = x.reshape(-1, self.hidden_size)
-        routing: Routing = self.router(x_TD)
+        routing: Routing = self.router(x_TD, **router_inputs)
+        _check_routing(where, self.router, routing, x_TD.shape[0], self.num_experts)
         scores = routing.scores
-        if not return_routing and self.training and torch.is_grad_enabled() and routing.aux_loss.requires_grad:
-            scores = attach_loss(scores, routing.aux_loss * self.aux_loss_scale)
+        if not return_routing and self.training and torch.is_grad_enabled():
+            check_shape(where, "routing.aux_loss", routing.aux_loss)
+            if routing.aux_loss.requires_grad:
+                scores = attach_loss(scores, routing.aux_loss * self.aux_loss_scale)
+        expert_x_TD = x_TD
+        if routing.scores_on == "input":
+            expert_x_TD, scores = x_TD * scores.to(x_TD.dtype), torch.ones_like(scores)
         out_TD = moe_mlp(
-            x_TD,
+            expert_x_TD,
             self.w1,
             self.w2,
             scores,
@@ -195,7 +213,8 @@ class MoE(nn.Module):
         )
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
-        out = out_TD.reshape(x.shape)
+        # Not a view, as reshape would make: a hook on a view is lost when that is changed in place.
+        out = out_TD if x.ndim == 2 else torch.ops.aten._unsafe_view(out_TD, x.shape)
         return (out, routing) if return_routing else out
 
     def extra_repr(self) -> str:
@@ -237,12 +256,12 @@ class SharedExpert(nn.Module):
         """Arguments as those of :class:`MoE`, with ``intermediate_size`` the width of this expert.
 
         Raises:
-            ValueError: sizes or names that make no sense.
+            ValueError: sizes, names or a dtype that make no sense.
         """
         super().__init__()
         where = "sonic.layers.SharedExpert"
         check_positive(where, hidden_size=hidden_size, intermediate_size=intermediate_size)
-        check_options(where, activation, glu_layout, save, backend)
+        check_options(where, activation, glu_layout, save, backend, dtype)
         _check_init(where, init, init_std)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation, self.glu_layout, self.save, self.backend = activation, glu_layout, save, backend
@@ -305,9 +324,8 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
         raise argument_error(where, "scale", scale, "a finite number >= 0")
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
-        raise argument_error(
-            where, "model", f"a {type(model).__name__} without a sonic.MoE in it", "one with at least one"
-        )
+        was = f"a {type(model).__name__} without a sonic.MoE in it"
+        raise argument_error(where, "model", was, "one with at least one")
     for layer in layers:
         layer.aux_loss_scale = scale
 
@@ -319,15 +337,33 @@ def _check_init(where: str, init: Init, init_std: float) -> None:
         raise argument_error(where, "init_std", init_std, "a finite number >= 0")
 
 
-def _check_router(where: str, router: object, hidden_size: int, num_experts: int) -> None:
+def _check_router(where: str, router: object, **sizes: int) -> None:
     if not isinstance(router, nn.Module):
-        raise argument_error(
-            where, "router", f"a {type(router).__name__}", "a torch.nn.Module: (T, D) -> sonic.routing.Routing"
-        )
-    for name, wanted in (("hidden_size", hidden_size), ("num_experts", num_experts)):
-        have = getattr(router, name, wanted)
-        if have != wanted:
-            raise argument_error(where, f"router.{name}", have, str(wanted))
+        wanted = "a torch.nn.Module: (T, D) -> sonic.routing.Routing"
+        raise argument_error(where, "router", f"a {type(router).__name__}", wanted)
+    for name, wanted_size in sizes.items():
+        have = getattr(router, name, wanted_size)
+        if have != wanted_size:
+            raise argument_error(where, f"router.{name}", have, str(wanted_size))
+
+
+def _check_routing(where: str, router: nn.Module, routing: object, num_tokens: int, num_experts: int) -> None:
+    """Refuse what a router of one's own returned, where the experts could not make sense of it."""
+    if not isinstance(routing, Routing):
+        was = f"a {type(router).__name__} that returned a {type(routing).__name__}"
+        raise argument_error(where, "router", was, "one that returns a sonic.routing.Routing")
+    plan = routing.plan
+    if not isinstance(plan, RoutingPlan):
+        raise argument_error(where, "routing.plan", f"a {type(plan).__name__}", "a sonic.RoutingPlan")
+    if plan.num_tokens != num_tokens:
+        wanted = f"T = {num_tokens}, the tokens that the router was given"
+        raise argument_error(where, "routing.plan.num_tokens", plan.num_tokens, wanted)
+    if plan.num_experts != num_experts:
+        raise argument_error(where, "routing.plan.num_experts", plan.num_experts, f"num_experts = {num_experts}")
+    check_scores(where, "routing.scores", routing.scores, plan)
+    check_choice(where, "routing.scores_on", routing.scores_on, _SCORES_ON)
+    if routing.scores_on == "input" and plan.top_k != 1:
+        raise argument_error(where, "routing.scores_on", "'input'", "'output', unless every token has one expert")
 
 
 @torch.no_grad()
