@@ -12,14 +12,13 @@ test on. The folder ``--out`` gets ``summary.json``, ``loss_curve.png`` and ``ex
 Ctrl-C writes a checkpoint and leaves. ``--resume`` with the same arguments then goes on to the very losses that an
 unbroken run would have seen: bit for bit on a CPU.
 
-Where to look: ``lm/model.py`` is the model, and the one place that uses ``sonic``; ``lm/trainer.py`` is the training
-step; ``lm/data.py`` is the text. This file holds the options and the loop.
+Where to look: ``lm/model.py`` is the model and ``lm/routers.py`` its routers, which is where ``sonic`` is used;
+``lm/trainer.py`` is the training step; ``lm/data.py`` is the text. This file holds the options and the loop.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import signal
 import sys
@@ -38,6 +37,7 @@ from examples.lm.display import Display
 from examples.lm.errors import JobError
 from examples.lm.evaluate import bits_per_byte, generate
 from examples.lm.model import LanguageModel, ModelConfig, flops_per_token, parameter_counts
+from examples.lm.options import HelpFormatter, number, whole
 from examples.lm.report import NAMES, Result, print_report, write_report
 from examples.lm.trainer import Recipe, Trainer
 from examples.lm.world import Interrupt, World
@@ -160,10 +160,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train_moe_lm",
         description="Train a small Mixture-of-Experts language model on text, byte by byte.",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    whole: dict[str, Any] = {"type": _whole, "metavar": "N"}
-    number: dict[str, Any] = {"type": _number, "metavar": "X"}
+    count: dict[str, Any] = {"type": whole, "metavar": "N"}
+    amount: dict[str, Any] = {"type": number, "metavar": "X"}
     add = parser.add_argument_group("what to train").add_argument
     add("--preset", choices=sorted(PRESETS), default="demo", help="sizes: demo for two CPU cores, small for one GPU")
     add("--model", choices=["moe", "dense"], default="moe", help="the MLP of the model")
@@ -172,22 +172,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--text", nargs="+", type=Path, metavar="PATH", default=[], help="files and folders; none: Python's own sources"
     )
     add = parser.add_argument_group("model").add_argument
-    add("--hidden-size", **whole, help="width of the model")
-    add("--layers", **whole, help="number of blocks")
-    add("--heads", **whole, help="attention heads")
-    add("--experts", **whole, help="experts per layer")
-    add("--top-k", **whole, help="experts per token")
-    add("--expert-size", **whole, help="width of one expert; a dense MLP is top-k times as wide")
-    add("--aux-loss", **number, default=0.01, help="weight of the load-balancing loss")
-    add("--z-loss", **number, default=0.001, help="weight of the router's z-loss")
+    add("--hidden-size", **count, help="width of the model")
+    add("--layers", **count, help="number of blocks")
+    add("--heads", **count, help="attention heads")
+    add("--experts", **count, help="experts per layer")
+    add("--top-k", **count, help="experts per token")
+    add("--expert-size", **count, help="width of one expert; a dense MLP is top-k times as wide")
+    add("--aux-loss", **amount, default=0.01, help="weight of the load-balancing loss")
+    add("--z-loss", **amount, default=0.001, help="weight of the router's z-loss")
     add = parser.add_argument_group("training").add_argument
-    add("--seq-len", **whole, help="bytes per window")
-    add("--batch-size", **whole, help="windows per step, of all processes together")
-    add("--steps", **whole, help="optimizer steps")
-    add("--warmup-steps", **whole, help="steps of rising learning rate; if not given, a twentieth of all")
-    add("--lr", **number, help="highest learning rate")
-    add("--weight-decay", **number, default=0.1, help="on matrices")
-    add("--clip", **number, default=1.0, help="largest norm of the gradient")
+    add("--seq-len", **count, help="bytes per window")
+    add("--batch-size", **count, help="windows per step, of all processes together")
+    add("--steps", **count, help="optimizer steps")
+    add("--warmup-steps", **count, help="steps of rising learning rate; if not given, a twentieth of all")
+    add("--lr", **amount, help="highest learning rate")
+    add("--weight-decay", **amount, default=0.1, help="on matrices")
+    add("--clip", **amount, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=["bf16", "fp32"], help="of the products; weights and optimizer are fp32 in any case")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one")
     add("--seed", type=int, metavar="N", default=0, help="of the first weights and of the order of the text")
@@ -195,12 +195,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("report"), help="folder for checkpoints, logs and the report")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="remove the runs that --out holds, and start anew")
-    add("--save-every", **whole, help="steps between checkpoints")
-    add("--eval-every", **whole, help="steps between held-out measurements")
-    add("--eval-windows", **whole, default=256, help="held-out windows to measure on")
+    add("--save-every", **count, help="steps between checkpoints")
+    add("--eval-every", **count, help="steps between held-out measurements")
+    add("--eval-windows", **count, default=256, help="held-out windows to measure on")
     add("--prompt", default="def ", help="what the sample begins with")
-    add("--sample-length", **whole, default=400, help="bytes of the sample")
-    add("--temperature", **number, default=0.7, help="of the sample")
+    add("--sample-length", **count, default=400, help="bytes of the sample")
+    add("--temperature", **amount, default=0.7, help="of the sample")
 
     first = argparse.ArgumentParser(prog=parser.prog, add_help=False)  # the preset has to be known before the rest
     first.add_argument("--preset", choices=sorted(PRESETS), default="demo")
@@ -219,31 +219,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) == 0:
             parser.error(f"argument --{name}: is 0, expected a number above 0")
     return args
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that say nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, False, "", []) else action.help
-
-
-def _whole(text: str) -> int:
-    """An argument that is a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a whole number above 0")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    """An argument that is a number of 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a number of 0 or more")
-    return value
 
 
 def recipe_of(args: argparse.Namespace, corpus: Corpus) -> Recipe:
@@ -315,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         with World(args.device) as world, Interrupt() as interrupt:
             run(args, world, interrupt)
     except JobError as error:
-        print(error, file=sys.stderr)
+        print(f"train_moe_lm: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.signum

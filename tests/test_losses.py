@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -13,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import sonic
 from sonic.layers import set_aux_loss_scale
-from sonic.routing import TopKRouter, attach_loss, load_balancing_loss, router_z_loss
+from sonic.routing import TopKRouter, attach_loss, load_balancing_loss, reset_load, router_z_loss, sequence_load
 
 T, D, E, K = 29, 8, 7, 2
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 every_function = pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 
@@ -29,8 +31,9 @@ def balance_formula(logits_TE: Tensor, count_E: Tensor, score_function: str) -> 
     if score_function == "softmax":
         prob_TE = torch.exp(logits_TE) / torch.exp(logits_TE).sum(1, keepdim=True)
     else:
-        sigmoid_TE = 1 / (1 + torch.exp(-logits_TE))
-        prob_TE = sigmoid_TE / sigmoid_TE.sum(1, keepdim=True)
+        exp_TE = torch.exp(logits_TE)
+        value_TE = exp_TE / (1 + exp_TE) if score_function == "sigmoid" else torch.log(1 + exp_TE).sqrt()
+        prob_TE = value_TE / value_TE.sum(1, keepdim=True)
     share_E = count_E.double() / count_E.sum()
     return logits_TE.shape[1] * (share_E * prob_TE.mean(0)).sum()
 
@@ -148,6 +151,104 @@ def test_router_adds_its_losses_with_their_coefficients(score_function: str, aux
     leaves = (x_TD, router.weight)
     for got, want in zip(gradient(routing.aux_loss, *leaves), gradient(wanted, *leaves), strict=True):
         assert error(got, want) <= 1e-12
+
+
+# ---------------------------------------------------------------- sequence-wise and global
+
+
+def sequence_formula(logits_TE: Tensor, expert_TK: Tensor, length: int, score_function: str) -> Tensor:
+    """The mean over sequences of the switch loss of each."""
+    losses = []
+    for logits_SE, expert_SK in zip(logits_TE.split(length), expert_TK.split(length), strict=True):
+        count_E = torch.bincount(expert_SK.reshape(-1).long(), minlength=logits_TE.shape[1])
+        losses.append(balance_formula(logits_SE, count_E, score_function))
+    return torch.stack(losses).mean()
+
+
+@every_function
+@pytest.mark.parametrize("length", [1, 4, 28])
+def test_sequence_wise_is_the_mean_over_sequences(score_function: str, length: int) -> None:
+    logits_TE = (2 * torch.randn(28, E, dtype=torch.float64)).requires_grad_()
+    expert_TK = torch.rand(28, E).argsort(1)[:, :K]
+    load_BE = sequence_load(expert_TK, 28 // length, E)
+    assert load_BE.shape == (28 // length, E) and (load_BE.sum(1) == length * K).all()
+    got = load_balancing_loss(logits_TE, load_BE, score_function=score_function)
+    wanted = sequence_formula(logits_TE, expert_TK, length, score_function)
+    assert got.shape == () and error(got, wanted) <= 1e-14
+    assert error(*gradient(got, logits_TE), *gradient(wanted, logits_TE)) <= 1e-12
+    if length == 28:
+        count_E = torch.bincount(expert_TK.flatten(), minlength=E)
+        assert error(load_balancing_loss(logits_TE, count_E, score_function=score_function), got) <= 1e-15
+
+
+@every_function
+def test_router_balances_each_sequence(score_function: str) -> None:
+    options = {"score_function": score_function, "aux_loss_type": "sequence", "aux_loss_coeff": 0.3, "bias": True}
+    router = TopKRouter(D, E, K, dtype=torch.float64, z_loss_coeff=0.2, **options)
+    torch.nn.init.normal_(router.bias)
+    x_TD = torch.randn(28, D, dtype=torch.float64, requires_grad=True)
+    routing = router(x_TD, sequence_length=7)
+    logits_TE = x_TD @ router.weight.t() + router.bias
+    wanted = 0.3 * sequence_formula(logits_TE, routing.expert_index, 7, score_function) + 0.2 * z_formula(logits_TE)
+    assert error(routing.aux_loss, wanted) <= 1e-13
+    leaves = (x_TD, *router.parameters())
+    for got, want in zip(gradient(routing.aux_loss, *leaves), gradient(wanted, *leaves), strict=True):
+        assert error(got, want) <= 1e-12
+    assert router(torch.randn(0, D, dtype=torch.float64)).aux_loss == 0  # no token, no sequence
+
+
+def global_router(**options: Any) -> TopKRouter:
+    torch.manual_seed(1)
+    return TopKRouter(D, E, K, dtype=torch.float64, aux_loss_type="global", aux_loss_coeff=0.3, **options)
+
+
+def test_global_batch_counts_all_micro_batches_of_a_step() -> None:
+    """Each micro-batch is held against the rows of all so far; the last one against those of the whole step."""
+    router = global_router()
+    for _ in range(2):  # steps
+        load_E = torch.zeros(E, dtype=torch.int64)
+        for x_TD in torch.randn(3, T, D, dtype=torch.float64):
+            with torch.no_grad():
+                seen = router(x_TD).aux_loss  # looking counts for nothing, and tells the same
+            routing = router(x_TD)
+            load_E += routing.metrics.tokens_per_expert
+            assert torch.equal(router.load, load_E) and error(seen, routing.aux_loss) <= 1e-14
+            wanted = 0.3 * balance_formula(x_TD @ router.weight.t(), load_E, "softmax")
+            assert error(routing.aux_loss, wanted) <= 1e-13
+            assert error(*gradient(routing.aux_loss, router.weight), *gradient(wanted, router.weight)) <= 1e-12
+        reset_load(torch.nn.Sequential(router))
+        assert not router.load.any()
+    assert "load" not in router.state_dict()
+
+
+def test_global_batch_keeps_what_a_loss_was_computed_with() -> None:
+    """Backward after further micro-batches: as if there had been none."""
+    router, first_TD = global_router(), torch.randn(T, D, dtype=torch.float64)
+    (wanted,) = gradient(router(first_TD).aux_loss, router.weight)
+    router.reset_load()
+    loss = router(first_TD).aux_loss
+    router(torch.randn(T, D, dtype=torch.float64))
+    router.reset_load()
+    assert torch.equal(*gradient(loss, router.weight), wanted)
+
+
+def test_checkpointing_counts_everything_twice_and_changes_no_gradient() -> None:
+    router, load_E = global_router(), torch.zeros(E, dtype=torch.int64)
+    for x_TD in torch.randn(3, T, D, dtype=torch.float64):
+        load_E += global_router()(x_TD).metrics.tokens_per_expert
+        loss = checkpoint(lambda x_TD: router(x_TD).aux_loss, x_TD.requires_grad_(), use_reentrant=False)
+        wanted = 0.3 * balance_formula(x_TD @ router.weight.t(), load_E, "softmax")
+        assert error(*gradient(loss, router.weight), *gradient(wanted, router.weight)) <= 1e-12
+    assert torch.equal(router.load, 2 * load_E)
+
+
+def test_eval_mode_looks_at_its_own_tokens() -> None:
+    router, x_TD = global_router(), torch.randn(T, D, dtype=torch.float64)
+    router(torch.randn(T, D, dtype=torch.float64) + 1)
+    load_E = router.load.clone()
+    routing = router.eval()(x_TD)
+    wanted = 0.3 * balance_formula(x_TD @ router.weight.t(), routing.metrics.tokens_per_expert, "softmax")
+    assert error(routing.aux_loss, wanted) <= 1e-13 and torch.equal(router.load, load_E)
 
 
 # ---------------------------------------------------------------- attached
@@ -312,8 +413,64 @@ def check_losses_of_two_ranks(rank: int) -> None:
     assert not torch.allclose(alone, together)
 
 
+def check_sequences_of_two_ranks(rank: int) -> None:
+    """Run in each of two processes: every sequence of all ranks counts alike, also where a rank has none."""
+    for score_function, (first, second) in itertools.product(SCORE_FUNCTIONS, ((1, 3), (2, 2), (0, 3))):
+        options = {"score_function": score_function, "aux_loss_type": "sequence", "aux_loss_coeff": 0.3}
+        all_TD = shared_tokens(5 * (first + second))
+        torch.manual_seed(1)
+        router = TopKRouter(D, E, K, dtype=torch.float64, z_loss_coeff=0.2, aux_loss_group="world", **options)
+        loss = router(all_TD[: 5 * first] if rank == 0 else all_TD[5 * first :], sequence_length=5).aux_loss
+        loss.backward()
+        torch.manual_seed(1)
+        alone = TopKRouter(D, E, K, dtype=torch.float64, z_loss_coeff=0.2, **options)
+        together = alone(all_TD, sequence_length=5).aux_loss
+        together.backward()
+        for mean, wanted in ((loss.detach(), together), (router.weight.grad, alone.weight.grad)):
+            dist.all_reduce(mean)
+            assert error(mean / 2, wanted) <= 1e-12, (score_function, first, second)
+
+
+def check_bias_of_two_ranks(rank: int) -> None:
+    """Run in each of two processes: the bias moves against the summed load, and is the same everywhere."""
+    for group in ("world", dist.new_group([0, 1]), None):
+        torch.manual_seed(1)
+        router = TopKRouter(D, E, K, dtype=torch.float64, enable_expert_bias=True, expert_bias_rate=0.125)
+        halves, load_E = (shared_tokens(10) + 1, shared_tokens(10) - 1), torch.zeros(E, dtype=torch.int64)
+        for batch in (slice(0, 4), slice(4, 10)):  # two micro-batches, unlike from rank to rank
+            for owner, half_TD in enumerate(halves):
+                count_E = router.eval()(half_TD[batch]).metrics.tokens_per_expert
+                load_E += count_E if group is not None or owner == rank else 0
+            router.train()(halves[rank][batch])
+        router.update_expert_bias(group)
+        wanted_E = 0.125 * torch.sign(load_E.double().mean() - load_E).float()
+        assert torch.equal(router.expert_bias, wanted_E) and wanted_E.any(), group
+        both = [torch.empty(E), torch.empty(E)]
+        dist.all_gather(both, router.expert_bias)
+        assert torch.equal(*both) == (group is not None) and not router.load.any()
+
+
+def check_global_batch_of_two_ranks(rank: int) -> None:
+    """Run in each of two processes: the last micro-batch is held against the rows of all ranks and micro-batches."""
+    router, batches = global_router(aux_loss_group="world"), torch.randn(2, 2, T, D, dtype=torch.float64)
+    load_E = sum(global_router()(x_TD).metrics.tokens_per_expert for x_TD in batches.flatten(0, 1))
+    for x_TD in batches[rank]:
+        loss = router(x_TD).aux_loss
+    loss.backward()
+    wanted = 0.3 * balance_formula(batches[rank, 1] @ router.weight.t(), load_E, "softmax")
+    assert error(loss, wanted) <= 1e-13 and error(router.weight.grad, *gradient(wanted, router.weight)) <= 1e-12
+
+
+def check_all_of_two_ranks(rank: int) -> None:
+    """Run in each of two processes, which take longer to start than to run."""
+    check_losses_of_two_ranks(rank)
+    check_sequences_of_two_ranks(rank)
+    check_bias_of_two_ranks(rank)
+    check_global_batch_of_two_ranks(rank)
+
+
 def test_two_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
-    run_ranks(__file__, "check_losses_of_two_ranks", tmp_path)
+    run_ranks(__file__, "check_all_of_two_ranks", tmp_path)
 
 
 def run_ranks(file: str, function: str, folder: Path, num_ranks: int = 2, timeout: float = 300) -> None:

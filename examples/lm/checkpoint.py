@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -35,13 +36,8 @@ def save_checkpoint(folder: Path, step: int, config: Mapping[str, Any], state: M
         The checkpoint's path. Steps are zero-padded in it, so that names sort as steps do.
     """
     path = folder / f"step_{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with written_whole(path) as file:
         torch.save({"step": step, "config": dict(config), **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(folder)
     for old in sorted(folder.glob("step_*.pt"))[:-KEEP]:
         old.unlink()
     return path
@@ -80,6 +76,24 @@ def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device)
         if written.get(field) != config.get(field):
             raise JobError(f"{field} in {path}", written.get(field), f"{config.get(field)} as in this run")
     return checkpoint
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: whoever looks finds the old one or the new one, and never a part of it."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name, which is forced to disk and gets its own name at the end."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one error of the job that is the user's to mend."""
+"""The one error of a job that is the user's to mend."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class JobError(ValueError):
     """
 
     def __init__(self, argument: str, was: object, wanted: object) -> None:
-        super().__init__(f"train_moe_lm: {argument} is {was}, expected {wanted}")
+        super().__init__(f"{argument} is {was}, expected {wanted}")

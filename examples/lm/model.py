@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sonic
+from examples.lm.routers import build_router, pair_changes
 
 VOCABULARY = 256
 
@@ -34,6 +35,8 @@ class ModelConfig:
         top_k: experts per token (K).
         expert_size: width of one expert (N). The dense MLP has width K * N: the FLOPs that a token meets in the MoE.
         aux_loss_coeff, z_loss_coeff: weights of the router's load-balancing loss and of its penalty on large logits.
+        routing: who goes where, one of ``examples.lm.routers.ROUTINGS``.
+        tile_rows: rows that token rounding rounds the experts' shares to; the other routings do not read it.
     """
 
     mlp: str
@@ -45,6 +48,8 @@ class ModelConfig:
     expert_size: int
     aux_loss_coeff: float
     z_loss_coeff: float
+    routing: str = "topk"
+    tile_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,14 @@ class Output:
         logits: (B, S, 256) fp32.
         aux_loss: 0-dim fp32, the routers' losses of all layers with their coefficients; 0 for a dense model.
         load: (layers, E) integer, rows that each expert got; (0, 0) for a dense model.
+        changes: (layers, 3) integer, how a routing in training departs from top-K (see
+            :func:`examples.lm.routers.pair_changes`); (0, 3) for a dense model, for top-K itself, and in eval mode.
     """
 
     logits: Tensor
     aux_loss: Tensor
     load: Tensor
+    changes: Tensor
 
 
 class Attention(nn.Module):
@@ -104,15 +112,7 @@ class Block(nn.Module):
         if c.mlp == "dense":
             self.mlp: nn.Module = DenseMLP(c.hidden_size, c.top_k * c.expert_size)
         else:
-            router = sonic.routing.TopKRouter(
-                c.hidden_size,
-                c.experts,
-                c.top_k,
-                aux_loss_coeff=c.aux_loss_coeff,
-                z_loss_coeff=c.z_loss_coeff,
-                aux_loss_group="world",  # balance the tokens of all processes together; alone, that is this one
-            )
-            self.mlp = sonic.MoE(c.hidden_size, c.expert_size, c.experts, c.top_k, router=router)
+            self.mlp = sonic.MoE(c.hidden_size, c.expert_size, c.experts, c.top_k, router=build_router(c))
 
     def forward(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, sonic.routing.Routing | None]:
         x = x + self.attention(self.attention_norm(x), rotation)
@@ -165,7 +165,14 @@ class LanguageModel(nn.Module):
         logits = self.head(self.norm(x)).float()
         aux_loss = sum((routing.aux_loss for routing in routings), start=logits.new_zeros(()))
         load = [routing.metrics.tokens_per_expert for routing in routings]
-        return Output(logits, aux_loss, torch.stack(load) if load else tokens.new_zeros(0, 0))
+        departs = self.training and self.config.routing != "topk"
+        changes = [pair_changes(routing, self.config.top_k) for routing in routings] if departs else []
+        return Output(
+            logits,
+            aux_loss,
+            torch.stack(load) if load else tokens.new_zeros(0, 0),
+            torch.stack(changes) if changes else tokens.new_zeros(0, 3),
+        )
 
 
 def rotary_angles(length: int, head_size: int, device: torch.device) -> Tensor:

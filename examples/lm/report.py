@@ -115,13 +115,13 @@ def print_report(console: Console, results: list[Result]) -> None:
 
 def plot_loss(path: Path, results: list[Result], *, tokens_per_step: int) -> Path:
     """Bits per byte of every run, on the training text and on the held-out files, over bytes seen and over time."""
-    figure = _figure(11, 4.6)
+    figure = new_figure(11, 4.6)
     by_bytes, by_time = figure.subplots(1, 2, sharey=True)
     low, high = 8.0, 0.0
     for result in results:
         colour, name = COLOURS[result.name], NAMES[result.name]
         bits = [row["bits_per_byte"] for row in result.rows]
-        smooth = _smooth(bits, max(1, len(bits) // 30))
+        smooth = running_mean(bits, max(1, len(bits) // 30))
         tested = [row for row in result.rows if "heldout_bits_per_byte" in row]
         heldout = [row["heldout_bits_per_byte"] for row in tested]
         for axes, field, unit in ((by_bytes, "step", 1e6 / tokens_per_step), (by_time, "seconds", 1.0)):
@@ -141,7 +141,7 @@ def plot_loss(path: Path, results: list[Result], *, tokens_per_step: int) -> Pat
     by_time.set_xlabel("training time (seconds)")
     by_bytes.legend(frameon=False)
     for axes in (by_bytes, by_time):
-        _polish(axes)
+        polish(axes)
     figure.suptitle("Language model over bytes: " + ", ".join(map(_describe, results)))
     figure.savefig(path)
     return path
@@ -154,7 +154,7 @@ def plot_load(path: Path, rows: list[dict[str, Any]], *, columns: int = 200) -> 
     groups = torch.tensor_split(load, min(columns, len(rows)))
     share = torch.stack([group.mean(0) for group in groups], dim=1)  # (layers * experts, columns)
     share = share / share.view(layers, experts, -1).mean(1).repeat_interleave(experts, dim=0).clamp(min=1e-9)
-    figure = _figure(11, 1.6 + min(max(3.0, layers * experts * 0.06), 12.0))
+    figure = new_figure(11, 1.6 + min(max(3.0, layers * experts * 0.06), 12.0))
     axes = figure.subplots()
     # Colours run over doublings, 1/4 to 4 times an equal share: half the share is as far from white as twice the share.
     image = axes.imshow(
@@ -180,13 +180,14 @@ def plot_load(path: Path, rows: list[dict[str, Any]], *, columns: int = 200) -> 
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, drawn by Agg: no window, no global state, sizes in inches."""
     matplotlib.use("Agg")
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
-def _polish(axes: Axes) -> None:
+def polish(axes: Axes) -> None:
+    """A faint grid, and no frame above and on the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -197,7 +198,7 @@ def _describe(result: Result) -> str:
     return f"{NAMES[result.name]} ({total} M parameters" + (f", {active} M active)" if active != total else ")")
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
+def running_mean(values: list[float], window: int) -> list[float]:
     """Mean of the last ``window`` values, at every place."""
     sums = [0.0]
     for value in values:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sonic
 from examples.lm.checkpoint import load_checkpoint, save_checkpoint
 from examples.lm.data import Corpus, training_batch
 from examples.lm.model import LanguageModel, ModelConfig, Output
@@ -130,8 +131,8 @@ class Trainer:
         """
         started = time.perf_counter()
         recipe, world = self.recipe, self.world
-        # Nothing in this model draws random numbers as it trains. What you add (dropout, say) will resume bit for bit
-        # all the same: the state of torch's generator, like the batch, is a function of the step.
+        # What draws random numbers in training (stochastic rounding; dropout, should you add it) resumes bit for bit:
+        # the state of torch's generator, like the batch, is a function of the step.
         torch.manual_seed(random.Random(f"{recipe.seed}/{self.step}/{world.rank}").getrandbits(63))
         batch = training_batch(
             self.corpus.train,
@@ -154,10 +155,13 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if recipe.model.routing == "bias":
+            sonic.routing.update_expert_bias(self.model)
 
         # All that the processes tell each other about the step travels in one small all-reduce.
         head = torch.stack((loss.detach(), output.aux_loss.detach(), loss.new_tensor(float(stop))))
-        told = world.sum(torch.cat((head, output.load.flatten().float()))).tolist()  # also waits for a GPU to finish
+        counts = torch.cat((output.load.flatten(), output.changes.flatten()))
+        told = world.sum(torch.cat((head, counts.float()))).tolist()  # also waits for a GPU to finish
         loss_sum, aux_sum, stops, *load = told
         self.step += 1
         self.seconds += time.perf_counter() - started
@@ -172,4 +176,6 @@ class Trainer:
             "seconds": self.seconds,
             "load": [[int(rows) for rows in load[layer * experts : (layer + 1) * experts]] for layer in range(layers)],
         }
+        for index, name in enumerate(("added", "dropped", "idle") if len(output.changes) else ()):
+            figures[name] = [int(count) for count in load[layers * experts + index :: 3]]
         return figures, stops > 0

@@ -4,6 +4,13 @@ from sonic.routing.capacity import CapacityDropping
 from sonic.routing.expert_choice import ExpertChoiceRouter
 from sonic.routing.hash import HashRouter
 from sonic.routing.losses import attach_loss, load_balancing_loss, router_z_loss, sequence_load
+from sonic.routing.opportunistic import (
+    ActivationReport,
+    OpportunisticRouting,
+    Rerouted,
+    activation_report,
+    reroute,
+)
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.presets import PRESETS, preset_router
 from sonic.routing.result import Routing, RoutingMetrics
@@ -12,24 +19,29 @@ from sonic.routing.token_rounding import ROUNDING_RULES, RoundedPairs, TokenRoun
 from sonic.routing.topk import TopKRouter, reset_load, update_expert_bias
 
 __all__ = [
-    "ROUNDING_RULES",
-    "RoundedPairs",
-    "TokenRounding",
-    "round_counts",
-    "round_to_tiles",
     "PRESETS",
+    "ROUNDING_RULES",
+    "ActivationReport",
     "CapacityDropping",
     "ExpertChoiceRouter",
     "HashRouter",
+    "OpportunisticRouting",
+    "Rerouted",
+    "RoundedPairs",
     "Routing",
     "RoutingMetrics",
     "RoutingPlan",
+    "TokenRounding",
     "TopKRouter",
+    "activation_report",
     "attach_loss",
     "load_balancing_loss",
     "pair_scores",
     "preset_router",
+    "reroute",
     "reset_load",
+    "round_counts",
+    "round_to_tiles",
     "router_logits",
     "router_z_loss",
     "sequence_load",

@@ -86,12 +86,14 @@ class CapacityDropping(RouterWrapper):
         is_kept_R = torch.ones(plan.num_rows, dtype=torch.bool, device=plan.device)
         is_kept_R[lowest_rows(plan, counts, value_R, surplus)] = False
         kept_row = is_kept_R.nonzero()[:, 0]
-        kept_plan = RoutingPlan.from_pairs(
-            plan.token_of_row_R[kept_row], expert_of_row(plan)[kept_row], plan.num_tokens, plan.num_experts
-        )
+        token_P, expert_P = plan.token_of_row_R[kept_row].long(), expert_of_row(plan)[kept_row]
+        kept_plan = RoutingPlan.from_pairs(token_P, expert_P, plan.num_tokens, plan.num_experts, backend=self.backend)
         scores_P = routing.scores.reshape(-1)[plan.slot_of_row_R[kept_row].long()]
-        before = routing.metrics
-        metrics = RoutingMetrics(kept_plan, before.num_requested, num_padded=before.num_padded, logits=routing.logits)
+        before, num_padded = routing.metrics, 0
+        if before.num_padded:  # some of those may have been dropped again: count the pairs that top-K wanted
+            wanted = int((routing.expert_index[token_P] == expert_P[:, None]).sum())
+            num_padded = kept_plan.num_rows - wanted
+        metrics = RoutingMetrics(kept_plan, before.num_requested, num_padded=num_padded, logits=routing.logits)
         return Routing(kept_plan, scores_P, routing.logits, routing.expert_index, routing.aux_loss, metrics)
 
     def extra_repr(self) -> str:

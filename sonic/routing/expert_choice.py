@@ -75,6 +75,11 @@ class ExpertChoiceRouter(TopKRouter):
         self.capacity_factor = float(capacity_factor)
         self.eval_mode = eval_mode
 
+    def extra_repr(self) -> str:
+        """As :class:`sonic.routing.TopKRouter`, with capacity and eval mode."""
+        options = f"capacity_factor={self.capacity_factor}, eval_mode={self.eval_mode!r}"
+        return f"{super().extra_repr()}, {options}"
+
     def forward(self, x_TD: Tensor, *, sequence_length: int | None = None) -> Routing:
         """Route T tokens.
 

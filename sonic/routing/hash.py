@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sonic.routing.result import Routing
+from sonic.routing.scores import check_within
 from sonic.routing.topk import TopKRouter
 from sonic.shapes import argument_error, check_integer, check_positive
 
@@ -21,7 +22,7 @@ class HashRouter(TopKRouter):
     ``layer(x, token_ids=ids)``.
 
     The table ``expert_of_id`` (V, K), int32, is a buffer and part of the checkpoint. It is drawn at random, each row K
-    different experts, and every expert is named by nearly the same number of ids.
+    different experts, and the numbers of ids that name an expert differ by one at most.
 
     Source: Roller et al., Hash Layers (arXiv:2106.04426); with learned weights as the first layers of DeepSeek-V4.
     """
@@ -89,13 +90,13 @@ class HashRouter(TopKRouter):
         logits_TE = self.logits(x_TD)
         if token_ids.numel() != x_TD.shape[0]:
             raise argument_error(where, "token_ids", tuple(token_ids.shape), f"T = {x_TD.shape[0]} integers")
-        if token_ids.device.type == "cpu" and token_ids.numel():
-            low, high = (int(bound) for bound in torch.aminmax(token_ids))
-            if low < 0 or high >= self.vocab_size:
-                was = f"out of range ({low if low < 0 else high})"
-                raise argument_error(where, "token_ids", was, f"0 <= token_ids < vocab_size = {self.vocab_size}")
+        check_within(where, "token_ids", token_ids, "vocab_size", self.vocab_size)
         expert_TK = self.expert_of_id[token_ids.reshape(-1).long()]
         return self._routing(x_TD, logits_TE, self._scores(x_TD, logits_TE, expert_TK), expert_TK, sequence_length)
+
+    def extra_repr(self) -> str:
+        """As :class:`sonic.routing.TopKRouter`, and what makes the table."""
+        return f"{super().extra_repr()}, vocab_size={self.vocab_size}, seed={self.seed}"
 
     def _scores(self, x_TD: Tensor, logits_TE: Tensor, expert_TK: Tensor) -> Tensor:
         """The scores that top-K would give these experts, had it chosen them."""
@@ -109,13 +110,21 @@ class HashRouter(TopKRouter):
 
     @torch.no_grad()
     def _fill_table(self) -> None:
-        """Ids in random order take K neighbours each of a shuffled circle of experts, going round and round."""
+        """In each round E ids, in random order, take K places each of a circle of experts, shuffled anew.
+
+        The places of the i-th id are i plus K different shifts, drawn anew for each round, so that a round names every
+        expert K times, and which experts meet differs from round to round. Ids that fill no round take neighbours.
+        """
         if self.expert_of_id.is_meta:
             return
         rng = torch.Generator().manual_seed(self.seed)
-        circle_E = torch.randperm(self.num_experts, generator=rng)
+        num_rounds, num_left = divmod(self.vocab_size, self.num_experts)
+        circle_BE = torch.rand(num_rounds + 1, self.num_experts, generator=rng).argsort(1)
+        shift_BK = torch.rand(num_rounds, self.num_experts, generator=rng).argsort(1)[:, : self.top_k]
+        place_BEK = (torch.arange(self.num_experts)[:, None] + shift_BK[:, None]) % self.num_experts
+        rounds_BEK = circle_BE[:-1].gather(1, place_BEK.flatten(1)).view(place_BEK.shape)
+        neighbour_LK = torch.arange(num_left * self.top_k).view(num_left, self.top_k) % self.num_experts
         order_V = torch.randperm(self.vocab_size, generator=rng)
-        place_VK = torch.arange(self.vocab_size * self.top_k).view(self.vocab_size, self.top_k) % self.num_experts
         table_VK = torch.empty(self.vocab_size, self.top_k, dtype=torch.int32)
-        table_VK[order_V] = circle_E[place_VK].int()
+        table_VK[order_V] = torch.cat((rounds_BEK.flatten(0, 1), circle_BE[-1][neighbour_LK])).int()
         self.expert_of_id.copy_(table_VK)

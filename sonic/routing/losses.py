@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sonic.autograd import graph_anchor, refuse_double_backward
 from sonic.kernels.ops import SCORE_FUNCTIONS
-from sonic.routing.scores import Source, logits_of, pointwise_slope, probabilities
-from sonic.shapes import argument_error, check_choice, check_integer, check_shape
+from sonic.routing.scores import Source, check_within, detached_source, logits_of, pointwise_slope, probabilities
+from sonic.shapes import argument_error, check_choice, check_integer, check_positive, check_shape
 
 __all__ = [
     "Group",
@@ -118,8 +118,10 @@ def sequence_load(expert_index: Tensor, num_sequences: int, num_experts: int) ->
     where = "sonic.routing.sequence_load"
     check_integer(where, "expert_index", expert_index)
     check_shape(where, "expert_index", expert_index, T=None, K=None)
+    check_positive(where, num_sequences=num_sequences, num_experts=num_experts)
+    check_within(where, "expert_index", expert_index, "num_experts", num_experts)
     num_tokens = expert_index.shape[0]
-    if num_sequences < 1 or num_tokens % num_sequences:
+    if num_tokens % num_sequences:
         raise argument_error(where, "num_sequences", num_sequences, f"a divisor of T = {num_tokens}")
     sequence_B1 = torch.arange(num_sequences, device=expert_index.device)[:, None]
     place_BP = expert_index.reshape(num_sequences, -1).long() + sequence_B1 * num_experts
@@ -188,9 +190,7 @@ def _losses(
     else:
         check_shape(where, "tokens_per_expert", tokens_per_expert, E=num_experts)
     share_BE, token_weight = _shares(where, tokens_per_expert, logits, group)
-    x_TD = weight_ED = bias_E = None
-    if source is not None:
-        x_TD, weight_ED, bias_E = (*(part if part is None else part.detach() for part in source), None)[:3]
+    x_TD, weight_ED, bias_E = detached_source(where, source)
     balance, z = _RouterLosses.apply(
         logits, graph_anchor(logits), x_TD, weight_ED, bias_E, share_BE, token_weight, score_function
     )

@@ -16,7 +16,17 @@ from sonic.autograd import autocast_dtype, graph_anchor, no_autocast, refuse_dou
 from sonic.kernels import ops
 from sonic.shapes import argument_error, check_choice, check_integer, check_positive, check_same, check_shape
 
-__all__ = ["Source", "logits_of", "pair_scores", "probabilities", "router_logits", "topk_scores"]
+__all__ = [
+    "Source",
+    "check_within",
+    "detached_source",
+    "logits_of",
+    "pair_scores",
+    "pointwise_slope",
+    "probabilities",
+    "router_logits",
+    "topk_scores",
+]
 
 Source = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 """What logits are computed from: tokens (T, D), weight (E, D) and, if there is one, bias (E,)."""
@@ -95,8 +105,13 @@ def topk_scores(
     check_positive(where, top_k=top_k)
     if top_k > num_experts:
         raise argument_error(where, "top_k", top_k, f"at most num_experts = {num_experts}")
+    if pre_softmax and score_function != "softmax":
+        raise argument_error(where, "pre_softmax", pre_softmax, f"False with score_function={score_function!r}")
     ops.check_groups(where, num_experts, top_k, num_groups, group_topk)
-    x_TD, weight_ED, bias_E = _detached(source)
+    if expert_bias is not None:
+        check_shape(where, "expert_bias", expert_bias, E=num_experts)
+        check_same(where, ("logits", logits), (("expert_bias", expert_bias),), dtype=False)
+    x_TD, weight_ED, bias_E = detached_source(where, source)
     scores_TK, expert_TK = _TopKScores.apply(
         logits,
         graph_anchor(logits),
@@ -146,7 +161,9 @@ def pair_scores(
     for name, index in (("token_index", token_index), ("expert_index", expert_index)):
         check_integer(where, name, index)
         check_shape(where, name, index, P=token_index.shape[0] if token_index.ndim else None)
-    x_TD, weight_ED, bias_E = _detached(source)
+    check_within(where, "token_index", token_index, "T", logits.shape[0])
+    check_within(where, "expert_index", expert_index, "E", logits.shape[1])
+    x_TD, weight_ED, bias_E = detached_source(where, source)
     scores_P: Tensor = _PairScores.apply(
         logits,
         graph_anchor(logits),
@@ -182,11 +199,36 @@ def pointwise_slope(prob: Tensor, score_function: str) -> Tensor:
     return -torch.expm1(-prob.square()) / (2 * prob).clamp(min=torch.finfo(prob.dtype).tiny)
 
 
-def _detached(source: Source | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def check_within(where: str, argument: str, index: Tensor, size_name: str, size: int) -> None:
+    """Refuse indices below 0, which torch would count from the end, or from ``size`` on.
+
+    On a GPU, and in a compiled graph, it is an assertion that the device makes, without a synchronisation.
+
+    Raises:
+        ValueError: naming the worst of them.
+    """
+    if index.numel() == 0 or index.is_meta:
+        return
+    wanted = f"0 <= {argument} < {size_name} = {size}"
+    if index.device.type == "cuda" or torch.compiler.is_compiling():
+        is_within = ((index >= 0) & (index < size)).all()
+        torch._assert_async(is_within, f"{where}: {argument} is out of range, expected {wanted}")
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise argument_error(where, argument, f"out of range ({low if low < 0 else high})", wanted)
+
+
+def detached_source(where: str, source: Source | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Tokens, weight and bias (each None where there is none), cut off from autograd.
+
+    Raises:
+        ValueError: not a tuple of two or three.
+    """
     if source is None:
         return None, None, None
     if not isinstance(source, tuple) or len(source) not in (2, 3):
-        raise argument_error("sonic.routing", "source", f"a {type(source).__name__}", "a tuple (x, weight[, bias])")
+        raise argument_error(where, "source", f"a {type(source).__name__}", "a tuple (x, weight) or (x, weight, bias)")
     bias_E = source[2] if len(source) == 3 else None
     return source[0].detach(), source[1].detach(), None if bias_E is None else bias_E.detach()
 

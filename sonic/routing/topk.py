@@ -115,6 +115,10 @@ class TopKRouter(nn.Module):
         if scores_on == "input" and top_k != 1:
             raise argument_error(where, "scores_on", repr(scores_on), f"'output' with top_k = {top_k}, 'input' needs 1")
         check_choice(where, "aux_loss_type", aux_loss_type, AUX_LOSS_TYPES)
+        check_flag(where, "pre_softmax", pre_softmax)
+        check_flag(where, "norm_topk_prob", norm_topk_prob)
+        check_flag(where, "bias", bias)
+        check_flag(where, "enable_expert_bias", enable_expert_bias)
         check_number(where, "aux_loss_coeff", aux_loss_coeff)
         check_number(where, "z_loss_coeff", z_loss_coeff)
         check_number(where, "expert_bias_rate", expert_bias_rate)
@@ -226,7 +230,9 @@ class TopKRouter(nn.Module):
 
         Call it after each step of the optimizer; the load is counted anew after it. The load is that of all training
         calls since the last update, so of all micro-batches, summed over ``group``. Activation checkpointing calls the
-        router twice, which counts all loads twice and changes nothing.
+        router twice, which counts all loads twice and changes nothing. ``DistributedDataParallel`` copies the buffers
+        of rank 0, the load among them, to all ranks before a forward that follows a synchronised backward: accumulate
+        micro-batches under its ``no_sync()``, as one should anyway, or build it with ``broadcast_buffers=False``.
 
         Args:
             group: ranks that train together: a process group, ``"world"``, or None for this rank alone.
@@ -292,16 +298,19 @@ class TopKRouter(nn.Module):
     def _aux_loss(
         self, x_TD: Tensor, logits_TE: Tensor, expert_TK: Tensor, count_E: Tensor, sequence_length: int | None
     ) -> Tensor:
-        if self.load is not None and self.training and torch.is_grad_enabled():
-            self.load += count_E
+        batch_load_E = count_E
+        if self.load is not None and self.training:
+            batch_load_E = self.load + count_E
+            if torch.is_grad_enabled():  # without, it is a look at the loss, which counts for no step
+                self.load.copy_(batch_load_E)
         has_loss = bool(self.aux_loss_coeff or self.z_loss_coeff)
         if not has_loss or not (self.training or self.aux_loss_group is None):
             return logits_TE.new_zeros(())
-        if self.wants_sequence_length and x_TD.shape[0]:
-            num_sequences = self._num_sequences(x_TD.shape[0], sequence_length)
+        if self.wants_sequence_length:  # a rank without a token meets the others in the same collective
+            num_sequences = self._num_sequences(x_TD.shape[0], sequence_length) if x_TD.shape[0] else 1
             count_E = sequence_load(expert_TK, num_sequences, self.num_experts)
-        elif self.aux_loss_type == "global" and self.load is not None and self.training:
-            count_E = self.load.clone()  # the loss keeps what it was computed with
+        elif self.aux_loss_type == "global":
+            count_E = batch_load_E
         balance, z = router_losses(
             logits_TE,
             count_E,
@@ -355,6 +364,16 @@ def reset_load(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.reset_load()
+
+
+def check_flag(where: str, name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not isinstance(value, bool):
+        raise argument_error(where, name, repr(value), "True or False")
 
 
 def check_number(where: str, name: str, value: object, above_zero: bool = False) -> None:
