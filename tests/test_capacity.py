@@ -21,6 +21,7 @@ from sonic.routing import (
     TopKRouter,
     preset_router,
 )
+from sonic.routing.selection import expert_of_row
 
 T, D, N, E, K = 40, 16, 8, 6, 2
 F64 = torch.float64
@@ -298,3 +299,20 @@ def test_figures_of_dropped_and_added_pairs() -> None:
     assert (empty.moved, empty.load_violation, empty.load_entropy, empty.entropy, empty.dead_experts) == (0, 0, 1, 0, 3)
     even = RoutingMetrics(sonic.RoutingPlan.from_topk(torch.arange(4)[:, None], 4), logits=torch.zeros(4, 4))
     assert float(even.load_entropy) == pytest.approx(1) and float(even.entropy) == pytest.approx(math.log(4))
+
+
+def test_capacity_is_rounded_as_people_count() -> None:
+    """1.1 times 10 is 11 rows: in binary it is a little more, which must not cost a twelfth."""
+    routing = ExpertChoiceRouter(D, 4, 1, capacity_factor=1.1)(torch.randn(40, D))
+    assert routing.metrics.tokens_per_expert.tolist() == [11] * 4
+
+
+def test_figures_of_rounding_around_dropping() -> None:
+    """A pair that capacity dropped and rounding brings back was not moved."""
+    inner = TopKRouter(D, 6, 2)
+    router = TokenRounding(CapacityDropping(inner, capacity_factor=0.7), rule="up", tile_rows=16)
+    x = torch.randn(128, D)
+    routing = router(x)
+    after = set(zip(routing.plan.token_of_row_R.tolist(), expert_of_row(routing.plan).tolist(), strict=True))
+    before = {(t, e) for t, row in enumerate(inner(x).expert_index.tolist()) for e in row}
+    assert routing.metrics.padded == len(after - before) and routing.metrics.dropped == len(before - after)

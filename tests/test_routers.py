@@ -544,3 +544,11 @@ def test_compiled_hash_router_refuses_ids_out_of_range() -> None:
 def test_opcheck_with_groups(score_function: str, biased: bool) -> None:
     bias_E = torch.randn(E) if biased else None
     torch.library.opcheck(ops.topk_softmax, (torch.randn(5, E), 4, score_function, False, True, 2.5, bias_E, 4, 2))
+
+
+def test_a_group_with_masked_experts_is_kept_to() -> None:
+    """Of four groups of two only experts 5 and 7 can be chosen, 7 the better: its group wins, barred one and all."""
+    logits = torch.full((1, 8), -torch.inf)
+    logits[0, 5], logits[0, 7] = 0.5, 1.0
+    scores, experts = topk_scores(logits, 2, num_groups=4, group_topk=1)
+    assert sorted(experts[0].tolist()) == [6, 7] and float(scores.max()) == 1.0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing, RoutingMetrics
-from sonic.routing.selection import expert_of_row, lowest_rows
+from sonic.routing.selection import capacity_of, expert_of_row, lowest_rows
 from sonic.routing.topk import check_number
 from sonic.routing.wrapper import RouterWrapper
 from sonic.shapes import check_choice
@@ -75,7 +73,7 @@ class CapacityDropping(RouterWrapper):
         plan = routing.plan
         if plan.num_rows == 0 or not (self.training or self.drop_in_eval):
             return routing
-        capacity = math.ceil(self.capacity_factor * plan.num_rows / plan.num_experts)
+        capacity = capacity_of(self.capacity_factor, plan.num_rows, plan.num_experts)
         counts = plan.tokens_per_expert().tolist()
         surplus = [max(count - capacity, 0) for count in counts]
         if not any(surplus):

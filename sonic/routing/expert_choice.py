@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing, RoutingMetrics
-from sonic.routing.selection import best_tokens
+from sonic.routing.selection import best_tokens, capacity_of
 from sonic.routing.topk import TopKRouter, check_number
 from sonic.shapes import argument_error, check_choice
 
@@ -102,7 +101,7 @@ class ExpertChoiceRouter(TopKRouter):
         if not bool(torch.isfinite(logits_TE).all()):
             where = "sonic.routing.ExpertChoiceRouter"
             raise argument_error(where, "logits", "NaN or infinite somewhere", "finite, for tokens are ranked by them")
-        capacity = min(num_tokens, math.ceil(self.capacity_factor * num_tokens * self.top_k / num_experts))
+        capacity = min(num_tokens, capacity_of(self.capacity_factor, num_tokens * self.top_k, num_experts))
         shift_T = torch.logsumexp(logits_TE, dim=-1) if self.score_function == "softmax" else None
         token_P, expert_P = best_tokens(logits_TE, shift_T, [capacity] * num_experts)
         plan = RoutingPlan.from_pairs(token_P, expert_P, num_tokens, num_experts, backend=self.backend)

@@ -7,6 +7,7 @@ is the scratch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sonic.routing.plan import RoutingPlan
 
-__all__ = ["best_tokens", "expert_of_row", "lowest_rows"]
+__all__ = ["best_tokens", "capacity_of", "expert_of_row", "lowest_rows"]
 
 _SCRATCH_VALUES = {"cpu": 1 << 18}  # in cache
 _SCRATCH_VALUES_ELSEWHERE = 1 << 24
@@ -88,6 +89,11 @@ def lowest_rows(plan: RoutingPlan, counts: Sequence[int], value_R: Tensor, num_w
         start_C = plan.expert_offset_E1[torch.tensor(chunk, device=value_R.device)].long()
         found.append(start_C[row_P] + place_P)
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=value_R.device)
+
+
+def capacity_of(capacity_factor: float, num_rows: int, num_experts: int) -> int:
+    """Rows per expert: ``capacity_factor`` times the mean, rounded up; 1.1 times 10 is 11, also in binary."""
+    return math.ceil(round(capacity_factor * num_rows / num_experts, 6))
 
 
 def expert_of_row(plan: RoutingPlan) -> Tensor:

@@ -252,20 +252,18 @@ class TokenRounding(RouterWrapper):
         rounded = _round(where, plan, logits_TE, tile_rows, self.rule, *options)
         self._warn_of_few_tokens(plan, tile_rows)
         kept_token, kept_expert = plan.token_of_row_R[rounded.kept_row], expert_of_row(plan)[rounded.kept_row]
+        token_P = torch.cat((kept_token.long(), rounded.padded_token))
+        expert_P = torch.cat((kept_expert, rounded.padded_expert))
         rounded_plan = RoutingPlan.from_pairs(
-            torch.cat((kept_token, rounded.padded_token.int())),
-            torch.cat((kept_expert.int(), rounded.padded_expert.int())),
-            plan.num_tokens,
-            plan.num_experts,
+            token_P, expert_P, plan.num_tokens, plan.num_experts, backend=self.backend
         )
         kept_scores = routing.scores.reshape(-1)[plan.slot_of_row_R[rounded.kept_row].long()]
         padded_scores = self.pair_scores(x_TD, routing.logits, rounded.padded_token, rounded.padded_expert)
-        metrics = RoutingMetrics(
-            rounded_plan,
-            routing.metrics.num_requested,
-            num_padded=routing.metrics.num_padded + rounded.padded_token.shape[0],
-            logits=logits_TE,
-        )
+        num_padded = rounded.padded_token.shape[0]
+        if plan.top_k is None:  # what the wrapped router had dropped may be back: count the pairs that top-K wanted
+            num_padded = token_P.shape[0] - int((routing.expert_index[token_P] == expert_P[:, None]).sum())
+        num_requested = routing.metrics.num_requested
+        metrics = RoutingMetrics(rounded_plan, num_requested, num_padded=num_padded, logits=logits_TE)
         scores_P = torch.cat((kept_scores, padded_scores.to(kept_scores.dtype)))
         return Routing(rounded_plan, scores_P, routing.logits, routing.expert_index, routing.aux_loss, metrics)
 

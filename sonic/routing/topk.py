@@ -158,7 +158,11 @@ class TopKRouter(nn.Module):
 
     @property
     def wants_sequence_length(self) -> bool:
-        """Whether :meth:`forward` has to be told where sequences begin."""
+        """Whether :meth:`forward` has to be told where sequences begin: in training, for a sequence-wise loss."""
+        return self.training and self._is_sequence_wise
+
+    @property
+    def _is_sequence_wise(self) -> bool:
         return self.aux_loss_type == "sequence" and self.aux_loss_coeff > 0
 
     @torch.no_grad()
@@ -181,7 +185,8 @@ class TopKRouter(nn.Module):
 
         Returns:
             The decision, with ``scores`` (T, K), ``logits`` (T, E) and ``aux_loss`` (0-dim) differentiable. With an
-            ``aux_loss_group`` the losses are left out in eval mode, where the ranks may not all come by.
+            ``aux_loss_group`` the losses are left out in eval mode, where the ranks may not all come by; so is a
+            sequence-wise one that is not told the ``sequence_length``.
 
         Raises:
             ValueError: ``x_TD`` does not fit the weight, or ``sequence_length`` is missing or does not divide T.
@@ -304,9 +309,10 @@ class TopKRouter(nn.Module):
             if torch.is_grad_enabled():  # without, it is a look at the loss, which counts for no step
                 self.load.copy_(batch_load_E)
         has_loss = bool(self.aux_loss_coeff or self.z_loss_coeff)
-        if not has_loss or not (self.training or self.aux_loss_group is None):
+        is_told = self.training or not self._is_sequence_wise or sequence_length is not None
+        if not has_loss or not is_told or not (self.training or self.aux_loss_group is None):
             return logits_TE.new_zeros(())
-        if self.wants_sequence_length:  # a rank without a token meets the others in the same collective
+        if self._is_sequence_wise:  # a rank without a token meets the others in the same collective
             num_sequences = self._num_sequences(x_TD.shape[0], sequence_length) if x_TD.shape[0] else 1
             count_E = sequence_load(expert_TK, num_sequences, self.num_experts)
         elif self.aux_loss_type == "global":

@@ -68,8 +68,18 @@ def _preferences(logits_TE: Tensor, score_function: str, pre_softmax: bool, expe
 
 
 def _only_best_groups(preference_TE: Tensor, num_groups: int, group_topk: int, num_counted: int) -> Tensor:
-    """The preferences, with -inf outside each token's best groups."""
-    preference_TGe = preference_TE.unflatten(1, (num_groups, -1))
+    """The preferences, with -inf outside each token's best groups.
+
+    An expert that cannot be chosen (-inf) counts as so bad that a group with fewer of them always wins, and as better
+    than the experts outside.
+    """
+    is_barred_TE = preference_TE == -torch.inf
+    best_T1 = preference_TE.amax(-1, keepdim=True)
+    worst_T1 = preference_TE.masked_fill(is_barred_TE, torch.inf).amin(-1, keepdim=True)
+    floor_T1 = (worst_T1 - (best_T1 - worst_T1 + 1) * preference_TE.shape[1]).nan_to_num(
+        nan=0.0, posinf=0.0, neginf=0.0
+    )
+    preference_TGe = torch.where(is_barred_TE, floor_T1, preference_TE).unflatten(1, (num_groups, -1))
     best_TGc = preference_TGe.topk(min(num_counted, preference_TGe.shape[2]), dim=-1).values
     chosen_Tg = best_TGc.sum(-1).topk(group_topk, dim=-1).indices
     is_out_TG1 = torch.ones(preference_TGe.shape[:2], dtype=torch.bool, device=preference_TE.device)
