@@ -5,7 +5,12 @@ of :mod:`benchmarks.rivals` are first checked, output and every gradient, agains
 side in one run: forward, and forward + backward with gradients to tokens, both weights and scores. Everyone sorts the
 tokens inside the timed region; routing is the top-K of random logits (mildly unbalanced), the same for all, from a
 fixed seed. Speed-ups are ratios taken within each round, then the median. FLOPs are 6 T K N D forward and 18 T K N D
-forward + backward. ``dense_mlp`` does the same FLOPs without routing.
+forward + backward.
+
+Two yardsticks are no rivals. ``dense_mlp`` does the same FLOPs without routing. ``products_alone`` does only the six
+matrix products of every expert, on rows that are already gathered, into memory that is already there but for the weight
+gradients, which no layer can keep: what multiplying expert by expert takes on this machine, whoever does it. In bf16 it
+is no bound where the chip multiplies float32 faster.
 
 On a machine that others use as well, ``--clock cpu`` counts processor time on one thread: other processes do not change
 that, whereas they make wall time on several threads meaningless. Steps that other processes disturbed are repeated, and
@@ -178,6 +183,7 @@ def run_cell(
     errors = _check(problem, contenders, TOLERANCE[dtype_name])
     steps = {name: _step(fn, problem, CLOCKS[clock]) for name, fn in contenders.items()}
     steps["dense_mlp"] = _dense_step(shape, dtype, seed, CLOCKS[clock])
+    steps["products_alone"] = _products_step(shape, problem, CLOCKS[clock])
     timed = measure.interleaved(steps, rounds=rounds, seconds=seconds, retries=3 if clock == "wall" else 0)
     laps = timed.laps
     roof = _roof_gflops(dtype, 256 if shape.T < 1024 else 2048, CLOCKS[clock])
@@ -350,6 +356,32 @@ def _dense_step(shape: Shape, dtype: torch.dtype, seed: int, now: Clock) -> Call
     return _timed(lambda: rivals.dense_mlp(x_TD, w1_UD, w2_DN), leaves, dout_TD, now)
 
 
+def _products_step(shape: Shape, problem: Problem, now: Clock) -> Callable[[], dict[str, float]]:
+    """One step of nothing but the matrix products of the routed experts."""
+    D, N = shape.D, shape.N
+    counts = torch.bincount(problem.expert_TK.reshape(-1), minlength=shape.E).tolist()
+    x_RD, h_RU, a_RN, y_RD = (problem.x_TD.new_ones(shape.T * shape.K, width) for width in (D, 2 * N, N, D))
+    x, h, a, y = (rows.split(counts) for rows in (x_RD, h_RU, a_RN, y_RD))
+    w1, w2 = problem.w1_EUD.detach().unbind(0), problem.w2_EDN.detach().unbind(0)
+    experts = range(shape.E)
+
+    def step() -> dict[str, float]:
+        start = now()
+        for e in experts:
+            torch.mm(x[e], w1[e].t(), out=h[e])
+            torch.mm(a[e], w2[e].t(), out=y[e])
+        middle = now()
+        dw1, dw2 = torch.empty_like(problem.w1_EUD), torch.empty_like(problem.w2_EDN)
+        for e, dw1_UD, dw2_DN in zip(experts, dw1.detach().unbind(0), dw2.detach().unbind(0), strict=True):
+            torch.mm(x[e], w2[e], out=a[e])
+            torch.mm(x[e].t(), a[e], out=dw2_DN)
+            torch.mm(h[e].t(), x[e], out=dw1_UD)
+            torch.mm(h[e], w1[e], out=y[e])
+        return {"forward": middle - start, "forward_backward": now() - start}
+
+    return step
+
+
 def _timed(
     forward: Callable[[], Tensor], leaves: Sequence[Tensor], dout_TD: Tensor, now: Clock
 ) -> Callable[[], dict[str, float]]:
@@ -396,7 +428,11 @@ def _section(cell: Mapping[str, Any]) -> Section:
     rows = []
     for name, entry in sorted(cell["contenders"].items(), key=lambda pair: pair[1]["forward_backward"]["median_ms"]):
         both = entry["forward_backward"]
-        role = {"dense_mlp": " (yardstick)", cell["best_rival"].get("forward_backward"): " (best rival)"}.get(name, "")
+        role = {
+            "dense_mlp": " (yardstick)",
+            "products_alone": " (yardstick)",
+            cell["best_rival"].get("forward_backward"): " (best rival)",
+        }.get(name, "")
         row = [name + role, f"{entry['forward']['median_ms']:.2f}", f"{both['median_ms']:.2f}"]
         row += [f"{both['p20_ms']:.2f}..{both['p80_ms']:.2f}", f"{both['gflops']:.0f}"]
         for lap in ("forward", "forward_backward"):

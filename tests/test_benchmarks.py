@@ -224,17 +224,21 @@ def test_cpu_moe_quick_writes_the_documented_json(tmp_path: Path, capsys: pytest
             *("tokens_per_expert", "contenders", "best_rival", "targets"),
         }
         assert cell["shape"] == {"T": 20, "D": 16, "N": 8, "E": 4, "K": 2}
-        assert {"sonic", "grouped_mm", "sorted_mm", "dense_mlp"} <= cell["contenders"].keys()
+        assert {"sonic", "grouped_mm", "sorted_mm", "dense_mlp", "products_alone"} <= cell["contenders"].keys()
         assert ("hf_grouped_mm" in cell["contenders"]) != ("hf_grouped_mm" in written["missing"])
         for name, entry in cell["contenders"].items():
             for lap in ("forward", "forward_backward"):
                 assert entry[lap].keys() == {"median_ms", "p20_ms", "p80_ms", "count", "gflops"}
                 assert entry[lap]["p20_ms"] <= entry[lap]["median_ms"] <= entry[lap]["p80_ms"]
             assert ("sonic_speedup" in entry) == (name != "sonic")
-            if name != "dense_mlp":
+            if name not in ("dense_mlp", "products_alone"):
                 assert entry["checked"] is True
                 assert entry["error"].keys() == {"out", "dx", "dw1", "dw2", "dscores"}
-        assert cell["best_rival"]["forward_backward"] in cell["contenders"].keys() - {"sonic", "dense_mlp"}
+        assert cell["best_rival"]["forward_backward"] in cell["contenders"].keys() - {
+            "sonic",
+            "dense_mlp",
+            "products_alone",
+        }
         assert cell["targets"] == {}  # not judged on tiny shapes
     printed = capsys.readouterr().out
     assert "fp32 T=20 D=16 N=8 E=4 K=2" in printed and "(best rival)" in printed
