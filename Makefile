@@ -32,13 +32,16 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all gpu lint format bench-cpu doctor clean
+.PHONY: help setup demo ablation test test-all gpu lint format bench-cpu doctor clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.has-base ## train a small MoE language model on this machine, beside a dense one
 	$(PY) -m examples.train_moe_lm --preset demo --compare dense --out report/demo --overwrite $(ARGS)
+
+ablation: $(VENV)/.has-base ## the same model under every routing, a quick look; ARGS='--workers 2 --out DIR' and more
+	$(PY) -m examples.routing_ablation --quick $(ARGS)
 
 test: lint $(VENV)/.has-test ## lint, then every test that this machine can run in some minutes
 	$(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)

@@ -478,6 +478,8 @@ def check_counts_of_all_ranks(rank: int) -> None:
     assert (alone.metrics.tokens_per_expert % 8 == 0).all()
     with pytest.raises(ValueError, match="tile_rows is 81, expected at most T = 80"):
         TokenRounding(router, tile_rows=81, group="world")(x)
+    with pytest.raises(ValueError, match="logits is NaN"):  # on both ranks, though one alone has such logits
+        TokenRounding(router, tile_rows=16, group="world")(x * (torch.nan if rank else 1.0))
 
 
 def test_two_ranks_round_together(tmp_path: Path) -> None:

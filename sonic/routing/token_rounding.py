@@ -303,11 +303,10 @@ def _round(
     group: Group,
 ) -> RoundedPairs:
     """:func:`round_to_tiles`, with arguments that are known to fit."""
-    if not bool(torch.isfinite(logits_TE).all()):
-        raise argument_error(where, "logits", "NaN or infinite somewhere", "finite, for tokens are ranked by them")
     shift_T = torch.logsumexp(logits_TE, dim=-1) if score_function == "softmax" else None
     allowed_TG = _groups_of_tokens(plan, num_groups) if num_groups > 1 else None
-    moves_of = _Moves(where, plan, allowed_TG, tile_rows, rule, generator, group)
+    is_finite = torch.isfinite(logits_TE).all()
+    moves_of = _Moves(where, plan, is_finite, allowed_TG, tile_rows, rule, generator, group)
     value_R = logits_TE[plan.token_of_row_R.long(), expert_of_row(plan)]
     if shift_T is not None:
         value_R = value_R - shift_T[plan.token_of_row_R.long()]
@@ -343,6 +342,7 @@ class _Moves:
         self,
         where: str,
         plan: RoutingPlan,
+        is_finite: Tensor,
         allowed_TG: Tensor | None,
         tile_rows: int,
         rule: str,
@@ -356,7 +356,8 @@ class _Moves:
         candidates_E = torch.full((num_experts,), plan.num_tokens, device=plan.device)
         if allowed_TG is not None:
             candidates_E = allowed_TG.sum(0).repeat_interleave(num_experts // allowed_TG.shape[1])
-        mine = torch.cat((plan.tokens_per_expert().long(), candidates_E, candidates_E.new_tensor([plan.num_tokens])))
+        flags = torch.stack((candidates_E.new_tensor(plan.num_tokens), is_finite.long()))
+        mine = torch.cat((plan.tokens_per_expert().long(), candidates_E, flags))
         draws_E = torch.zeros(num_experts, dtype=torch.float64)
         if rule == "stochastic":
             device = "cpu" if generator is None else generator.device
@@ -372,9 +373,11 @@ class _Moves:
             mine_W = mine[None]
         of_ranks = mine_W.tolist()
         self._counts_W = [row[:num_experts] for row in of_ranks]
-        self._candidates_W = [row[num_experts:-1] for row in of_ranks]
+        self._candidates_W = [row[num_experts:-2] for row in of_ranks]
         self._draws = draws_E.tolist()
-        num_tokens = sum(row[-1] for row in of_ranks)
+        if not all(row[-1] for row in of_ranks):  # all ranks learn of it, so that none waits for one that has raised
+            raise argument_error(where, "logits", "NaN or infinite somewhere", "finite, for tokens are ranked by them")
+        num_tokens = sum(row[-2] for row in of_ranks)
         if tile_rows > num_tokens > 0:
             raise argument_error(where, "tile_rows", tile_rows, f"at most T = {num_tokens}")
         self.counts: list[int] = self._counts_W[self._rank]
