@@ -201,7 +201,7 @@ class RunsDisplay:
             del self._curves[name]
 
     def _left(self) -> str:
-        """Time left for all runs, from the mean time of a step in this session, measurements included."""
+        """Time left for all runs, from the mean time of a step since this start, measurements included."""
         per_step = (time.monotonic() - self._began) / (self._done - self._done_before)
         return duration((self._runs * self._steps - self._done) * per_step)
 
