@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,6 +56,7 @@ from examples.lm.data import Corpus, heldout_windows, load_corpus
 from examples.lm.display import Progress, RunsDisplay
 from examples.lm.errors import JobError
 from examples.lm.evaluate import bits_per_byte
+from examples.lm.job import Stopped, exit_code_of
 from examples.lm.model import ModelConfig
 from examples.lm.options import HelpFormatter, number, whole
 from examples.lm.routers import routed_as_in_training
@@ -77,14 +77,6 @@ QUICK: dict[str, Any] = {
 }
 SEEDS = 3
 QUICK_SEEDS = {BASELINE: 3, "nearest": 3}  # of the others, 1
-
-
-class Stopped(Exception):
-    """The user asked to stop, and the checkpoints are written. ``signum`` is the signal that asked."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -424,17 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0; 2 for options, a text or a folder that do not fit; 128 + the signal's number if stopped.
     """
     args = parse(argv)
-    try:
-        with World(args.device) as world, Interrupt() as interrupt:
-            run(args, world, interrupt)
-    except JobError as error:
-        print(f"routing_ablation: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        return 128 + stopped.signum
-    except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for the step to end
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code_of("routing_ablation", args.device, partial(run, args))
 
 
 if __name__ == "__main__":

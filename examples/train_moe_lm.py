@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from examples.lm.data import Corpus, heldout_windows, load_corpus
 from examples.lm.display import Display
 from examples.lm.errors import JobError
 from examples.lm.evaluate import bits_per_byte, generate
+from examples.lm.job import Stopped, exit_code_of
 from examples.lm.model import LanguageModel, ModelConfig, flops_per_token, parameter_counts
 from examples.lm.options import HelpFormatter, number, whole
 from examples.lm.report import NAMES, Result, print_report, write_report
@@ -56,14 +58,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"eval_every": 250, "save_every": 500},
     },
 }
-
-
-class Stopped(Exception):
-    """The user asked to stop, and the checkpoint is written. ``signum`` is the signal that asked."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
-        self.signum = signum
 
 
 def train(
@@ -286,17 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0; 2 for options, a text or a checkpoint that do not fit; 128 + the signal's number if stopped.
     """
     args = parse(argv)
-    try:
-        with World(args.device) as world, Interrupt() as interrupt:
-            run(args, world, interrupt)
-    except JobError as error:
-        print(f"train_moe_lm: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        return 128 + stopped.signum
-    except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for the step to end
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code_of("train_moe_lm", args.device, partial(run, args))
 
 
 if __name__ == "__main__":

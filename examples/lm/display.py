@@ -157,7 +157,7 @@ class RunsDisplay:
     def __init__(self, console: Console, *, runs: int, finished: int, steps: int) -> None:
         self._console, self._runs, self._steps = console, runs, steps
         self._begun = finished
-        self._done = self._done_before = finished * steps  # steps of all runs; those of earlier sessions
+        self._done = self._done_before = finished * steps  # steps of all runs; those of earlier starts
         self._began = time.monotonic()
         self._curves: dict[str, _Curve] = {}
         self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None

@@ -25,6 +25,7 @@ from sonic.kernels.ops import SCORE_FUNCTIONS
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing, RoutingMetrics
 from sonic.routing.scores import pair_scores, probabilities
+from sonic.routing.selection import expert_of_row
 from sonic.routing.topk import TopKRouter
 from sonic.shapes import (
     argument_error,
@@ -419,9 +420,7 @@ def activation_report(before: Routing, after: Routing, *, score_function: str = 
 
 
 def _mass_of(mass_TE: Tensor, plan: RoutingPlan) -> Tensor:
-    expert_E = torch.arange(plan.num_experts, device=mass_TE.device)
-    expert_R = expert_E.repeat_interleave(plan.tokens_per_expert(), output_size=plan.num_rows)
-    return mass_TE[plan.token_of_row_R.long(), expert_R].sum()
+    return mass_TE[plan.token_of_row_R.long(), expert_of_row(plan)].sum()
 
 
 def _preference_order(logits_TE: Tensor, top_k: int, expert_index: Tensor | None) -> Tensor:

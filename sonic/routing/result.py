@@ -77,7 +77,7 @@ class RoutingMetrics(Mapping[str, Tensor]):
     def load_violation(self) -> Tensor:
         """:attr:`max_over_mean_load` minus 1, which the literature calls MaxVio: 0-dim float32, 0 is perfect balance.
 
-        Source: Wang et al. (arXiv:2408.15664), section 4.1.
+        Source: Wang et al. (arXiv:2408.15664).
         """
         return self.max_over_mean_load - 1
 

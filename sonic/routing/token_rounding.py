@@ -24,7 +24,8 @@ No rule can keep both bounds of ``nearest`` and ``balanced``: of two experts wit
 0.7 M if the sum is to stay below M / 2. An expert that wants more tokens than there are in whole tiles of T cannot
 round up, whatever the rule says; it rounds down, and the bounds on what moves up are for the others.
 
-Source: SonicMoE (Guo et al., arXiv:2512.14080), section 5 and algorithms 4 to 6.
+Source: SonicMoE (Guo et al., arXiv:2512.14080), algorithms 4 to 6; there ``nearest_score`` is drawn at random with the
+probability whose half is the threshold here, and limits are not treated.
 """
 
 from __future__ import annotations
