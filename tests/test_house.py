@@ -113,7 +113,7 @@ ROOMS = (
     Room("kernels/dispatch.py", ("sonic.shapes",), may_use_nn=False),
     Room("kernels/ops.py", ("sonic.shapes", "sonic.kernels.dispatch"), may_use_nn=False),
     Room("kernels/reference/", ("sonic.shapes",), ("numpy",), may_use_nn=False),
-    Room("kernels/triton/", ("sonic.shapes",), ("triton",), may_use_nn=False),
+    Room("kernels/triton/", ("sonic.shapes", "sonic.roofline"), ("triton",), may_use_nn=False),
     Room("kernels/cute/", ("sonic.shapes",), ("cutlass", "cuda"), may_use_nn=False),
     Room("simulator/", (), ("numpy", "cutlass")),
     Room("routing/", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops")),

@@ -4,7 +4,8 @@ A :class:`Request` holds metadata only, no tensor, so "what would an H100 do wit
 can answer. Each backend is a package ``sonic.kernels.<name>`` that is imported when it is first asked, and answers with
 reasons: an empty list means that it can serve. Automatic choice takes the first of :func:`backends` that can; a name
 that was insisted on (the ``backend`` argument, or the environment variable ``SONIC_BACKEND``) and cannot serve raises
-with the reasons. Nothing falls back in silence: automatic choice that ends at the reference on an accelerator warns.
+with the reasons. A backend may serve some requests only where its name was insisted on, such as Triton's interpreter on
+a CPU. Nothing falls back in silence: automatic choice that ends at the reference on an accelerator warns.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def unusable_reasons(backend: str, device_type: str, arch: int | None = None) ->
         ValueError: unknown backend.
     """
     check_choice("sonic.kernels.unusable_reasons", "backend", backend, _BACKENDS)
-    return _reasons(backend, Request("up_proj", device_type, arch, torch.bfloat16))
+    return _reasons(backend, Request("up_proj", device_type, arch, torch.bfloat16), is_insisted=False)
 
 
 def explain(
@@ -212,8 +213,8 @@ def explain(
     request = _imagine(
         op, device.type, arch, dtype, num_tokens * top_k, num_experts, hidden_size, intermediate_size, activation
     )
-    reasons = {name: _reasons(name, request) for name in _BACKENDS}
     insisted, source = _insisted(where, backend)
+    reasons = {name: _reasons(name, request, is_insisted=name == insisted) for name in _BACKENDS}
     if insisted is not None:
         chosen = None if reasons[insisted] else insisted
         why = f"{source} insists on {insisted}" + ("" if chosen else ", which cannot serve")
@@ -254,7 +255,7 @@ def select(request: Request, backend: str | None = None, *, warn: bool = True) -
     where = f"sonic.{request.op}"
     insisted, source = _insisted(where, backend)
     if insisted is not None:
-        reasons = _reasons(insisted, request)
+        reasons = _reasons(insisted, request, is_insisted=True)
         if reasons:
             raise UnsupportedError(
                 f"{where}: {source} is {insisted!r}, which cannot serve this call: " + "; ".join(reasons)
@@ -262,7 +263,7 @@ def select(request: Request, backend: str | None = None, *, warn: bool = True) -
         return insisted
     rejected: list[str] = []
     for name in _BACKENDS:
-        reasons = _reasons(name, request)
+        reasons = _reasons(name, request, is_insisted=False)
         if not reasons:
             if warn and name == "reference" and request.device_type != "cpu":
                 warnings.warn(
@@ -344,10 +345,10 @@ def _insisted(where: str, backend: str | None) -> tuple[str | None, str]:
     return name, "SONIC_BACKEND"
 
 
-def _reasons(backend: str, request: Request) -> list[str]:
+def _reasons(backend: str, request: Request, is_insisted: bool) -> list[str]:
     if not _is_shipped(backend):
         return [f"this version of sonic has no {backend} kernels"]
-    reasons: list[str] = _load(backend).unsupported_reasons(request)
+    reasons: list[str] = _load(backend).unsupported_reasons(request, is_insisted)
     return reasons
 
 

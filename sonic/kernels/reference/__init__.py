@@ -1,10 +1,8 @@
 """Plain torch: the definition of right on any device and in any float dtype, and the fast path on a CPU.
 
 On a CPU each grouped GEMM is one pass over the rows of one expert after another: rows are gathered into one small block
-that stays in cache, multiplied into their place in the output, and the activation or its derivative is taken while the
-block is still
-there. On
-another device the same code runs, but reads the expert offsets to the host: right, not fast.
+that stays in cache, multiplied into their place in the output, and the activation or its derivative is taken while the block is still
+there. On another device the same code runs, but reads the expert offsets to the host: right, not fast.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ __all__ = [
 ]
 
 
-def unsupported_reasons(request: object) -> list[str]:
+def unsupported_reasons(request: object, is_insisted: bool = False) -> list[str]:
     """Why this backend cannot serve ``request``: never, every op runs in plain torch."""
     return []
 
