@@ -5,7 +5,7 @@ Asking whether this backend can serve imports no Triton; the first call of an op
 * ``launch``: one way to start a kernel, or to compile it for a target that is not here
 * ``target``, ``config``: chips and tile configurations as data, and the model that chooses among them
 * ``loaders``, ``mainloops``, ``epilogues``: device functions, each one step of a grouped GEMM
-* ``grouped_gemm``, ``combine``, ``routing``: the ops of :mod:`sonic.kernels.ops`, host side
+* ``grouped_gemm``, ``gather_sum``, ``routing``: the ops of :mod:`sonic.kernels.ops`, host side
 * ``cross``: what the compiler makes of every kernel, for chips that are not here
 """
 
@@ -23,7 +23,7 @@ __all__ = ["tile_rows", "unsupported_reasons"]
 
 _HOMES = {
     "build_plan": "routing",
-    "combine": "combine",
+    "combine": "gather_sum",
     "down_proj": "grouped_gemm",
     "down_proj_bwd_input": "grouped_gemm",
     "down_proj_bwd_weight": "grouped_gemm",
