@@ -5,7 +5,7 @@ Asking whether this backend can serve imports no Triton; the first call of an op
 * ``launch``: one way to start a kernel, or to compile it for a target that is not here
 * ``target``, ``config``: chips and tile configurations as data, and the model that chooses among them
 * ``loaders``, ``mainloops``, ``epilogues``: device functions, each one step of a grouped GEMM
-* ``grouped_gemm``, ``gather_sum``, ``routing``: the ops of :mod:`sonic.kernels.ops`, host side
+* ``grouped_gemm``, ``gather_sum``, ``routing``, ``plan``: the ops of :mod:`sonic.kernels.ops`, host side
 * ``cross``: what the compiler makes of every kernel, for chips that are not here
 """
 
@@ -22,7 +22,7 @@ from sonic.kernels.triton.target import hip_arch, interprets
 __all__ = ["tile_rows", "unsupported_reasons"]
 
 _HOMES = {
-    "build_plan": "routing",
+    "build_plan": "plan",
     "combine": "gather_sum",
     "down_proj": "grouped_gemm",
     "down_proj_bwd_input": "grouped_gemm",

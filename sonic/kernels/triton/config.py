@@ -56,6 +56,7 @@ class GemmConfig:
             of the weight's first width for a contraction over rows.
         num_warps: of a program.
         num_stages: steps whose operands are on the way or in use at once.
+        slices: parts of its columns in which an epilogue takes a tile, for want of registers; a power of two.
         group_m: row tiles that are walked together, for L2.
         descriptors: the weights come by tensor descriptors where their strides allow it.
         persistent: programs stay and walk tiles, as many as run at once; else a program per tile.
@@ -66,6 +67,7 @@ class GemmConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    slices: int = 1
     group_m: int = 8
     descriptors: bool = False
     persistent: bool = False
@@ -79,49 +81,49 @@ def _configs(*rows: tuple[int, ...], **options: Any) -> tuple[GemmConfig, ...]:
     return tuple(GemmConfig(*row, **options) for row in rows)
 
 
-# (block_m, block_n, block_k, num_warps, num_stages); one row tile has one or more widths.
+# (block_m, block_n, block_k, num_warps, num_stages, slices); one row tile has one or more widths.
 _HALF_LARGE = (
-    (128, 256, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (128, 64, 64, 4, 4),
-    (64, 256, 64, 8, 3),
-    (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 4),
-    (32, 128, 64, 4, 4),
-    (16, 128, 64, 4, 4),
+    (128, 256, 64, 8, 3, 4),
+    (128, 128, 64, 8, 4, 4),
+    (128, 64, 64, 4, 4, 4),
+    (64, 256, 64, 8, 3, 4),
+    (64, 128, 64, 4, 4, 4),
+    (64, 64, 64, 4, 4, 2),
+    (32, 128, 64, 4, 4, 2),
+    (16, 128, 64, 4, 4, 1),
 )
 _HALF_NARROW = tuple(row for row in _HALF_LARGE if row[1] <= 128)  # the derivative's operands take registers
 _HALF_AMPERE = (
-    (128, 128, 32, 8, 4),
-    (128, 64, 64, 4, 3),
-    (64, 128, 64, 4, 3),
-    (64, 64, 64, 4, 4),
-    (32, 128, 64, 4, 3),
-    (16, 128, 64, 4, 4),
+    (128, 128, 32, 8, 4, 4),
+    (128, 64, 64, 4, 3, 4),
+    (64, 128, 64, 4, 3, 4),
+    (64, 64, 64, 4, 4, 2),
+    (32, 128, 64, 4, 3, 2),
+    (16, 128, 64, 4, 4, 1),
 )
 _HALF_SMALL = (
-    (128, 128, 32, 8, 3),
-    (64, 128, 32, 4, 4),
-    (64, 64, 64, 4, 3),
-    (32, 128, 32, 4, 4),
-    (16, 128, 32, 4, 4),
+    (128, 128, 32, 8, 3, 4),
+    (64, 128, 32, 4, 4, 4),
+    (64, 64, 64, 4, 3, 2),
+    (32, 128, 32, 4, 4, 2),
+    (16, 128, 32, 4, 4, 1),
 )
 _HALF_CDNA = (
-    (128, 128, 64, 8, 2),
-    (128, 64, 64, 4, 2),
-    (64, 128, 64, 4, 2),
-    (64, 64, 64, 4, 2),
-    (32, 128, 64, 4, 2),
-    (16, 128, 64, 4, 2),
+    (128, 128, 64, 8, 2, 4),
+    (128, 64, 64, 4, 2, 4),
+    (64, 128, 64, 4, 2, 4),
+    (64, 64, 64, 4, 2, 2),
+    (32, 128, 64, 4, 2, 2),
+    (16, 128, 64, 4, 2, 1),
 )
 _FLOAT32 = (
-    (128, 64, 32, 8, 3),
-    (64, 64, 32, 4, 3),
-    (32, 64, 32, 4, 3),
-    (16, 64, 32, 4, 3),
+    (128, 64, 32, 8, 3, 2),
+    (64, 64, 32, 4, 3, 2),
+    (32, 64, 32, 4, 3, 1),
+    (16, 64, 32, 4, 3, 1),
 )
-_FLOAT32_CDNA = tuple((*row[:4], 2) for row in _FLOAT32)
-_INTERPRETED = ((32, 32, 32, 4, 1), (16, 32, 32, 4, 1))  # small, so that small shapes have many tiles
+_FLOAT32_CDNA = tuple((*row[:4], 2, row[5]) for row in _FLOAT32)
+_INTERPRETED = ((32, 32, 32, 4, 1, 2), (16, 32, 32, 4, 1, 2))  # small, so that small shapes have many tiles
 
 
 def _family(

@@ -25,6 +25,7 @@ import triton.language as tl
 
 __all__ = [
     "add_to_tile",
+    "column_halves",
     "columns_of",
     "down_bwd_gated",
     "down_bwd_plain",
@@ -42,6 +43,8 @@ __all__ = [
     "relu2",
     "scale_rows",
     "silu",
+    "sliced",
+    "sliced_with_dots",
     "split_pair",
     "store_finished",
     "store_pair",
@@ -208,16 +211,61 @@ def store_pair(pointer, row, is_row, unit, first_unit, gate, up, N: tl.constexpr
 
 
 # ---------------------------------------------------------------- programs: one per op
+#
+# What needs several tiles at once takes the product in SLICES of its columns, one after another: each value lives in
+# registers only as long as its slice does. Cutting by halves moves nothing between threads.
 
 
 @triton.jit
-def up_gated(product, row_dots, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
+def column_halves(tile):
+    """The left and the right half of a tile's columns."""
+    cut = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(cut, (0, 2, 1)))
+
+
+@triton.jit
+def _in_slices(product, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr, SLICES: tl.constexpr):
+    """Run the program's slice function ``OPTIONS[0]`` on each slice, left to right; the sum of what it returns."""
+    FUNCTION: tl.constexpr = OPTIONS[0]
+    if SLICES == 1:
+        total = FUNCTION(product, expert, is_owned, row, is_row, first, args, OPTIONS)
+    else:
+        left, right = column_halves(product)
+        middle = first + product.shape[1] // 2
+        total = _in_slices(left, expert, is_owned, row, is_row, first, args, OPTIONS, SLICES // 2)
+        total += _in_slices(right, expert, is_owned, row, is_row, middle, args, OPTIONS, SLICES // 2)
+    return total
+
+
+@triton.jit
+def sliced(product, row_dots, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
+    """A program of slices that leaves nothing else: ``up_proj``."""
+    _in_slices(product, expert, is_owned, row, is_row, first, args, OPTIONS, OPTIONS[1])
+
+
+@triton.jit
+def sliced_with_dots(product, row_dots, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
+    """A program of slices that return row sums: ``down_proj_bwd_input``.
+
+    The sums are this tile's part of dS, kept in a row of its own of (tiles, R); the first tile adds what the mainloop
+    summed. ``args`` end in that matrix, or None, and R.
+    """
+    part = _in_slices(product, expert, is_owned, row, is_row, first, args, OPTIONS, OPTIONS[1])
+    dscores, num_rows = args[4], args[5]
+    if dscores is not None:
+        part += tl.where(first == 0, row_dots, 0.0)
+        tile = (first // product.shape[1]).to(tl.int64)
+        tl.store(dscores + tile * num_rows + row, tl.where(is_owned, part, 0.0), mask=is_row)
+
+
+@triton.jit
+def up_gated(product, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
     """``up_proj``, gated: + b1; store H; A = value(gate) factor(up). Rows that nobody owns hold anything."""
     h, a, bias = args
-    VALUE: tl.constexpr = OPTIONS[0]
-    FACTOR: tl.constexpr = OPTIONS[1]
-    N: tl.constexpr = OPTIONS[2]
-    INTERLEAVED: tl.constexpr = OPTIONS[3]
+    VALUE: tl.constexpr = OPTIONS[2]
+    FACTOR: tl.constexpr = OPTIONS[3]
+    N: tl.constexpr = OPTIONS[4]
+    INTERLEAVED: tl.constexpr = OPTIONS[5]
     gate, up = split_pair(product)
     first_unit = first // 2
     unit = columns_of(first_unit, product.shape[1] // 2)
@@ -233,14 +281,15 @@ def up_gated(product, row_dots, expert, is_owned, row, is_row, first, args, OPTI
     value, value_slope = VALUE(gate)
     factor, factor_slope = FACTOR(up)
     store_tile(a, row, is_row, unit, value * factor, N)
+    return 0.0
 
 
 @triton.jit
-def up_plain(product, row_dots, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
+def up_plain(product, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
     """``up_proj``, plain: + b1; store H; A = value(h). Rows that nobody owns hold anything."""
     h, a, bias = args
-    VALUE: tl.constexpr = OPTIONS[0]
-    N: tl.constexpr = OPTIONS[2]
+    VALUE: tl.constexpr = OPTIONS[2]
+    N: tl.constexpr = OPTIONS[4]
     column = columns_of(first, product.shape[1])
     if bias is not None:
         product += load_column_vector(bias, expert, column, N)[None, :]
@@ -248,6 +297,7 @@ def up_plain(product, row_dots, expert, is_owned, row, is_row, first, args, OPTI
         store_tile(h, row, is_row, column, product, N)
     value, slope = VALUE(product)
     store_tile(a, row, is_row, column, value, N)
+    return 0.0
 
 
 @triton.jit
@@ -264,55 +314,45 @@ def store_finished(product, row_dots, expert, is_owned, row, is_row, first, args
 
 
 @triton.jit
-def down_bwd_gated(product, row_dots, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
-    """``down_proj_bwd_input``, gated: from dA' and H, A again, s A, dH and this tile's part of dS."""
+def down_bwd_gated(product, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
+    """``down_proj_bwd_input``, gated: from dA' and H, A again, s A and dH; <dA', A> comes back.
+
+    Columns past the width add nothing to it: dA' is zero there, and A finite.
+    """
     h, scores, dh, scaled_a, dscores, num_rows = args
-    VALUE: tl.constexpr = OPTIONS[0]
-    FACTOR: tl.constexpr = OPTIONS[1]
-    N: tl.constexpr = OPTIONS[2]
-    INTERLEAVED: tl.constexpr = OPTIONS[3]
+    VALUE: tl.constexpr = OPTIONS[2]
+    FACTOR: tl.constexpr = OPTIONS[3]
+    N: tl.constexpr = OPTIONS[4]
+    INTERLEAVED: tl.constexpr = OPTIONS[5]
     unit = columns_of(first, product.shape[1])
     gate, up = load_pair(h, row, is_row, unit, first, N, INTERLEAVED)
     value, value_slope = VALUE(gate)
     factor, factor_slope = FACTOR(up)
     score = load_row_vector(scores, row, is_row)
     a = value * factor
-    if dscores is not None:
-        _store_part(dscores, num_rows, row, is_row, is_owned, first, product, a, row_dots)
     store_tile(scaled_a, row, is_row, unit, tl.where(is_owned, scale_rows(a, score), 0.0), N)
     if dh is not None:
         da = scale_rows(product, score)
         dgate = tl.where(is_owned, da * factor * value_slope, 0.0)
         dup = tl.where(is_owned, da * value * factor_slope, 0.0)
         store_pair(dh, row, is_row, unit, first, dgate, dup, N, INTERLEAVED)
+    return reduce_rows(product * a)
 
 
 @triton.jit
-def down_bwd_plain(product, row_dots, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
-    """``down_proj_bwd_input``, plain: from dA' and H, A again, s A, dH and this tile's part of dS."""
+def down_bwd_plain(product, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
+    """``down_proj_bwd_input``, plain: from dA' and H, A again, s A and dH; <dA', A> comes back."""
     h, scores, dh, scaled_a, dscores, num_rows = args
-    VALUE: tl.constexpr = OPTIONS[0]
-    N: tl.constexpr = OPTIONS[2]
+    VALUE: tl.constexpr = OPTIONS[2]
+    N: tl.constexpr = OPTIONS[4]
     column = columns_of(first, product.shape[1])
     a, slope = VALUE(load_tile(h, row, is_row, column, N))
     score = load_row_vector(scores, row, is_row)
-    if dscores is not None:
-        _store_part(dscores, num_rows, row, is_row, is_owned, first, product, a, row_dots)
     store_tile(scaled_a, row, is_row, column, tl.where(is_owned, scale_rows(a, score), 0.0), N)
     if dh is not None:
         dh_tile = tl.where(is_owned, scale_rows(product, score) * slope, 0.0)
         store_tile(dh, row, is_row, column, dh_tile, N)
-
-
-@triton.jit
-def _store_part(dscores, num_rows, row, is_row, is_owned, first, product, a, row_dots):
-    """<dA', A> over this tile's columns, into its own row of (tiles, R); the first tile adds what the mainloop summed.
-
-    Columns past the width hold a product of zeros, for H was read as zeros there and act(0) may be finite only.
-    """
-    part = reduce_rows(product * a) + tl.where(first == 0, row_dots, 0.0)
-    tile = (first // product.shape[1]).to(tl.int64)
-    tl.store(dscores + tile * num_rows + row, tl.where(is_owned, part, 0.0), mask=is_row)
+    return reduce_rows(product * a)
 
 
 @triton.jit

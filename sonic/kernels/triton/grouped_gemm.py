@@ -68,9 +68,10 @@ def up_proj(
     a_RN = x_TD.new_empty(num_rows, width_n)
     kind = "up_gated" if gated else "up_plain"
     halves = gated and glu_layout == "concatenated"
+    config = _config(kind, num_rows, num_experts, width_d, width_u, x_TD)
     _launch_rows(
         "up_proj",
-        kind,
+        config,
         x_TD,
         token_of_row_R,
         expert_offset_E1,
@@ -78,8 +79,8 @@ def up_proj(
         w1_EUD,
         None,
         (h_RU if need_h else None, a_RN, _contiguous(b1_EU)),
-        ep.up_gated if gated else ep.up_plain,
-        _activation_options(activation, glu_layout, width_n),
+        ep.sliced,
+        (ep.up_gated if gated else ep.up_plain, config.slices, *_activation(activation, glu_layout, width_n)),
         halves=halves,
         rows_of_weight=True,
     )
@@ -94,7 +95,7 @@ def down_proj(
     args = (y_RD, _contiguous(b2_ED), _contiguous(row_scores_R))
     _launch_rows(
         "down_proj",
-        "rows",
+        _config("rows", a_RN.shape[0], w2_EDN.shape[0], w2_EDN.shape[2], w2_EDN.shape[1], a_RN),
         a_RN,
         None,
         expert_offset_E1,
@@ -130,6 +131,7 @@ def down_proj_bwd_input(
     num_experts, width_d, width_n = w2_EDN.shape
     num_rows, width_u = h_RU.shape
     config = _config("down_bwd", num_rows, num_experts, width_d, width_n, dout_TD)
+    program = ep.down_bwd_gated if activation in _GATED else ep.down_bwd_plain
     dh_RU = h_RU.new_empty(num_rows if need_dh else 0, width_u)
     scaled_a_RN = h_RU.new_empty(num_rows, width_n)
     num_parts = triton.cdiv(width_n, config.block_n) if need_dscores else 0
@@ -144,7 +146,7 @@ def down_proj_bwd_input(
     )
     _launch_rows(
         "down_proj_bwd_input",
-        "down_bwd",
+        config,
         dout_TD,
         token_of_row_R,
         expert_offset_E1,
@@ -152,8 +154,8 @@ def down_proj_bwd_input(
         w2_EDN,
         _contiguous(b2_ED) if need_dscores else None,
         args,
-        ep.down_bwd_gated if activation in _GATED else ep.down_bwd_plain,
-        _activation_options(activation, glu_layout, width_n),
+        ep.sliced_with_dots,
+        (program, config.slices, *_activation(activation, glu_layout, width_n)),
         rows_of_weight=False,
     )
     if not need_dscores:
@@ -167,7 +169,7 @@ def up_proj_bwd_input(dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor) -
     dx_RD = dh_RU.new_empty(dh_RU.shape[0], width_d)
     _launch_rows(
         "up_proj_bwd_input",
-        "rows",
+        _config("rows", dh_RU.shape[0], *w1_EUD.shape, dh_RU),
         dh_RU,
         None,
         expert_offset_E1,
@@ -231,7 +233,7 @@ def up_proj_bwd_weight(
     )
 
 
-def _activation_options(activation: str, glu_layout: str, width_n: int) -> tuple[Any, ...]:
+def _activation(activation: str, glu_layout: str, width_n: int) -> tuple[Any, ...]:
     value, factor = _GATED[activation] if activation in _GATED else (_PLAIN[activation], ep.identity)
     return value, factor, width_n, glu_layout == "interleaved"
 
@@ -253,7 +255,7 @@ def _config(kind: str, num_rows: int, num_experts: int, width_k: int, width_n: i
 
 def _launch_rows(
     label: str,
-    kind: str,
+    config: GemmConfig,
     left: Tensor,
     index_R: Tensor | None,
     expert_offset_E1: Tensor,
@@ -273,7 +275,6 @@ def _launch_rows(
     left, weight, expert_offset_E1 = left.contiguous(), weight.contiguous(), expert_offset_E1.contiguous()
     num_experts = weight.shape[0]
     width_n, width_k = weight.shape[1:] if rows_of_weight else (weight.shape[2], weight.shape[1])
-    config = _config(kind, num_rows, num_experts, width_k, width_n, left)
     target = current_target(left)
     column_tiles = triton.cdiv(width_n, config.block_n)
     most_tiles = (triton.cdiv(num_rows, config.block_m) + num_experts) * column_tiles
