@@ -33,6 +33,7 @@ __all__ = [
     "allocations",
     "cpu_name",
     "interleaved",
+    "interleaved_on_gpu",
     "machine_line",
     "machine_report",
     "ratio",
@@ -172,6 +173,56 @@ def interleaved(
     return Interleaved(laps, rounds, steps, disturbed)
 
 
+def interleaved_on_gpu(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device, flush_bytes: int, warmup: int = 3
+) -> Interleaved:
+    """Time calls on a GPU by its events, one of each contender per round (A B C, then C B A, …), from a cold L2.
+
+    Before each call a scratch buffer is written ``_FLUSHES`` times. That empties L2, and keeps the GPU busy while the
+    host queues what the call launches: where a call does not wait for the GPU, its time is that of the GPU alone.
+
+    Args:
+        contenders: by name, a function that queues its work on the current stream; its result is dropped.
+        rounds: timed rounds.
+        device: the GPU.
+        flush_bytes: size of the scratch buffer, at least that of L2.
+        warmup: rounds before that are not counted.
+
+    Returns:
+        Laps of one name, ``"seconds"``.
+
+    Raises:
+        ValueError: ``rounds`` or ``warmup`` is below 1.
+    """
+    for name, value in (("rounds", rounds), ("warmup", warmup)):
+        if value < 1:
+            raise ValueError(f"benchmarks.measure.interleaved_on_gpu: {name} is {value}, expected at least 1")
+    scratch = torch.empty(flush_bytes, dtype=torch.int8, device=device)
+    laps: dict[str, Laps] = {name: {"seconds": []} for name in contenders}
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(warmup + rounds):
+            order = list(contenders) if index % 2 == 0 else list(contenders)[::-1]
+            events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in order}
+            for name in order:
+                for _ in range(_FLUSHES):
+                    scratch.zero_()
+                start, end = events[name]
+                start.record()
+                contenders[name]()
+                end.record()
+            torch.cuda.synchronize(device)
+            if index >= warmup:
+                for name, (start, end) in events.items():
+                    laps[name]["seconds"].append(start.elapsed_time(end) / 1e3)
+    finally:
+        if gc_was_on:
+            gc.enable()
+    return Interleaved(laps, rounds, rounds * len(contenders), 0)
+
+
+_FLUSHES = 4
 _DISTURBED = 0.03
 
 

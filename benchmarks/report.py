@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from benchmarks import measure
 
-__all__ = ["RESULTS", "Section", "new_report", "target", "write_files"]
+__all__ = ["RESULTS", "Section", "new_report", "page", "replace_file", "target", "write_files"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,9 +102,22 @@ def write_files(
     machine = report["machine"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     stem = f"{report['benchmark']}_{measure.slug(machine['cpu'])}_{machine['date']}"
-    head = [f"# {title}", f"`{report['command']}`", measure.machine_line(machine), preface]
-    head += [f"Not measured: {name}: {why}." for name, why in report["missing"].items()]
-    markdown = "\n\n".join(head) + "\n\n" + "\n".join(section.markdown() for section in sections)
+    markdown = page(report, title, [measure.machine_line(machine), preface], sections)
     for path, content in ((RESULTS / f"{stem}.json", text), (RESULTS / f"{stem}.md", markdown)):
         path.write_text(content)
         print(f"wrote {path}")
+
+
+def page(report: Mapping[str, Any], title: str, paragraphs: Iterable[str], sections: Iterable[Section]) -> str:
+    """A report as a Markdown page: title, command, ``paragraphs``, what was not measured and why, and the tables."""
+    head = [f"# {title}", f"`{report['command']}`", *paragraphs]
+    head += [f"Not measured: {name}: {why}." for name, why in report["missing"].items()]
+    return "\n\n".join(head) + "\n\n" + "\n".join(section.markdown() for section in sections)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, or stops the program, finds the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -16,6 +16,7 @@ down_proj_bwd_weight  2 R D N   i (G D + R N) [+ s R] + {4 R + 4 (E + 1)}       
 up_proj_bwd_input     2 R' U D  i (R U + E' U D) + {4 (E + 1)}                      i R D
 up_proj_bwd_weight    2 R U D   i (G D + R U) + {4 R + 4 (E + 1)}                   i (E U D [+ E U])
 topk_softmax          0         s T E                                               2 s T K + {4 T K}
+topk_softmax_bwd      0         2 s T K + {4 T K}                                   s T E
 build_plan            0         {4 R} (8 R from pairs)                              {12 R + 4 (E + T + 2)}
 ====================  ========  ==================================================  ===========================
 
@@ -353,6 +354,11 @@ def _topk_softmax(layer: Layer) -> Cost:
     return Cost(0, layer.score_bytes * layer.num_tokens * layer.num_experts, written)
 
 
+def _topk_softmax_bwd(layer: Layer) -> Cost:
+    read = (2 * layer.score_bytes + 4) * layer.num_tokens * layer.top_k
+    return Cost(0, read, layer.score_bytes * layer.num_tokens * layer.num_experts)
+
+
 def _build_plan(layer: Layer) -> Cost:
     is_topk = layer.num_rows == layer.num_tokens * layer.top_k
     written = _offset_bytes(layer) + 12 * layer.num_rows + 4 * (layer.num_tokens + 1)
@@ -374,6 +380,7 @@ _COSTS: dict[str, Callable[[Layer], Cost]] = {
     "experts": lambda layer: _total(_pass_costs(layer, "forward")),
     "experts_bwd": lambda layer: _total(_pass_costs(layer, "backward")),
     "topk_softmax": _topk_softmax,
+    "topk_softmax_bwd": _topk_softmax_bwd,
     "build_plan": _build_plan,
 }
 OPS = tuple(_COSTS)

@@ -16,6 +16,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+# Read when Triton is imported: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Kernel tests: in these files every test runs with `poison_empty`.
 POISONED_FILES = re.compile(r"test_(ops|kernels|reference|triton|cute|functional|plan|token_rounding|simulator)\w*\.py")
 

@@ -274,7 +274,7 @@ def test_counts_prove_what_ran() -> None:
     forward = {("topk_softmax", "reference"): 1, ("build_plan", "reference"): 1, ("experts", "reference"): 2}
     assert kernels.counts() == forward
     y.sum().backward()
-    assert kernels.counts() == forward | {("experts_bwd", "reference"): 2}
+    assert kernels.counts() == forward | {("experts_bwd", "reference"): 2, ("topk_softmax_bwd", "reference"): 1}
     told = kernels.counts()
     told.clear()
     assert kernels.counts()[("experts", "reference")] == 2, "what was handed out is a copy"
@@ -320,6 +320,7 @@ def test_a_backend_without_a_whole_pass_runs_the_single_ops(add_backend: AddBack
     routing = {("topk_softmax", "reference"): 1, ("build_plan", "reference"): 1}
     assert kernels.counts() == routing | {(op, "fast"): 1 for op in SINGLE}
     gradients = torch.autograd.grad(y, leaves, dy)
+    routing[("topk_softmax_bwd", "reference")] = 1
     assert kernels.counts() == routing | {(op, "fast"): 1 for op in SINGLE + SINGLE_BWD} | {("combine", "fast"): 2}
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(gradients, wanted_gradients)
@@ -337,6 +338,7 @@ TOLD = {
     "experts_bwd": (16, 6, True),
     "combine": (16, 0, False),
     "topk_softmax": (0, 0, False),
+    "topk_softmax_bwd": (0, 0, False),
     "build_plan": (0, 0, False),
 }
 
@@ -349,7 +351,7 @@ def requests_of_a_layer(activation: str, add_backend: AddBackend) -> dict[str, R
         seen[request.op] = request
         return []
 
-    names = ("topk_softmax", "build_plan", *SINGLE, *SINGLE_BWD)
+    names = ("topk_softmax", "topk_softmax_bwd", "build_plan", *SINGLE, *SINGLE_BWD)
     add_backend(watch, **reference_kernels(*names))
     layer = sonic.MoE(16, 6, 4, 2, activation=activation)
     layer(torch.randn(9, 16, requires_grad=True)).sum().backward()
@@ -390,7 +392,7 @@ def test_explain_asks_what_a_layer_asks(
     layer = sonic.MoE(16, 6, 4, 2, activation=activation, dtype=dtype)
     layer(torch.randn(9, 16, dtype=dtype, requires_grad=True)).sum().backward()
     expected = {"experts", "experts_bwd"} if whole else {*SINGLE, *SINGLE_BWD}
-    assert seen.keys() == {"topk_softmax", "build_plan", *expected}
+    assert seen.keys() == {"topk_softmax", "topk_softmax_bwd", "build_plan", *expected}
     for op, request in seen.items():
         told = kernels.explain(
             op,

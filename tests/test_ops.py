@@ -41,6 +41,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     R, U, N, D = plan.num_rows, w1.shape[1], w2.shape[2], x.shape[1]
     rows, h, a, y = (torch.randn(R, width).to(dtype) for width in (D, U, N, D))
     logits = torch.randn(6, 3).to(dtype)
+    _, chosen, prob = ops.topk_softmax(logits, 2)
     expert = problem.expert_index.reshape(-1)
     pairs = torch.arange(6).repeat_interleave(2)
     return {
@@ -72,6 +73,8 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "topk_softmax-sigmoid": (logits, 2, "sigmoid", False, True, 2.5),
         "topk_softmax-before": (logits, 1, "softmax", True, False, 1.0, None, 1, 1, "reference"),
         "topk_softmax-bias-groups": (logits, 2, "sqrtsoftplus", False, True, 2.5, torch.randn(3), 3, 2),
+        "topk_softmax_bwd": (torch.randn_like(prob), chosen, prob, logits, 3),
+        "topk_softmax_bwd-optional-none": (torch.randn_like(prob), chosen, prob, None, 3, "sigmoid", True, 2.5),
         "build_plan": (expert, pairs, 6, 3),
         "build_plan-optional-none": (expert.int(), None, 6, 3),
     }

@@ -133,6 +133,7 @@ class TestNumbersWrittenOut:
             ("up_proj_bwd_input", 2560, 2 * (160 + 320) + 24, 2 * 160),
             ("up_proj_bwd_weight", 2560, 2 * (160 + 160) + 80 + 24, 2 * 320),
             ("topk_softmax", 0, 4 * 50, 3 * 4 * 20),
+            ("topk_softmax_bwd", 0, 3 * 4 * 20, 4 * 50),
             ("build_plan", 0, 4 * 20, 24 + 3 * 80 + 44),
             ("experts", 3840, 1064 + 504 + 524, 480 + 320 + 160),
             ("experts_bwd", 7680, 1144 + 584 + 984 + 744 + 444, 560 + 320 + 320 + 640 + 160),
@@ -398,7 +399,8 @@ def test_bytes_are_those_of_the_tensors_of_real_calls(
     call("up_proj_bwd_input", dh, problem.w1, offset)
     call("up_proj_bwd_weight", dh, problem.x, token, offset, True, bias)
     logits = torch.randn(T, E, dtype=torch.promote_types(dtype, torch.float32))
-    _, expert, _ = call("topk_softmax", logits, K)
+    scores, expert, prob = call("topk_softmax", logits, K)
+    call("topk_softmax_bwd", scores, expert, prob, None, E)
     call("build_plan", expert.reshape(-1), None, T, E)
     assert set(calls) == {op for op in roofline.OPS if not op.startswith("experts")}
     for op, (args, results) in calls.items():

@@ -60,6 +60,7 @@ OPS = (
     "experts",
     "experts_bwd",
     "topk_softmax",
+    "topk_softmax_bwd",
     "build_plan",
 )
 _TOLD_THE_ACTIVATION = ("up_proj", "down_proj_bwd_input", "experts", "experts_bwd")
@@ -80,7 +81,8 @@ class Request:
         op: one of the op names, such as ``"up_proj"``.
         device_type: ``"cpu"``, ``"cuda"``, …
         arch: compute capability as an integer (90 for sm_90), ``None`` where there is none.
-        dtype: dtype of the matrices (of the logits for ``topk_softmax``, of the indices for ``build_plan``).
+        dtype: dtype of the matrices (of the logits for ``topk_softmax``, of the scores for its backward, of the
+            indices for ``build_plan``).
         num_rows: R, routed rows (T * K for the routing ops).
         num_experts: E; 0 where the op has none.
         hidden_size: D; 0 where the op has none.
@@ -325,7 +327,7 @@ def _imagine(
     request = functools.partial(Request, op, device_type, arch)
     if op == "combine":
         return request(dtype, num_rows, hidden_size=hidden_size)
-    if op == "topk_softmax":
+    if op in ("topk_softmax", "topk_softmax_bwd"):
         return request(torch.promote_types(dtype, torch.float32), num_rows, num_experts)
     if op == "build_plan":
         return request(torch.int32, num_rows, num_experts)

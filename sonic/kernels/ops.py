@@ -24,13 +24,19 @@ import torch
 from torch import Tensor
 
 from sonic.kernels import dispatch
+from sonic.kernels.checks import (
+    SCORE_FUNCTIONS,
+    check_groups,
+    check_plan,
+    check_row_count,
+    check_topk,
+    check_topk_bwd,
+)
 from sonic.kernels.dispatch import ACTIVATIONS, FLOAT_DTYPES, GATED_ACTIVATIONS, check_float_dtype
 from sonic.shapes import (
     argument_error,
     check_choice,
     check_dtype,
-    check_integer,
-    check_positive,
     check_same,
     check_shape,
 )
@@ -55,13 +61,13 @@ __all__ = [
     "is_gated",
     "tile_rows",
     "topk_softmax",
+    "topk_softmax_bwd",
     "up_proj",
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
 ]
 
 GLU_LAYOUTS = ("concatenated", "interleaved")
-SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 _INT32 = (torch.int32,)
 
@@ -653,7 +659,7 @@ def topk_softmax(
     Raises:
         ValueError: shapes, dtypes or names do not fit; no backend can serve.
     """
-    _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk)
+    check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk)
     request = dispatch.request_of(
         "topk_softmax", logits_TE, num_rows=logits_TE.shape[0] * top_k, num_experts=logits_TE.shape[1]
     )
@@ -674,11 +680,66 @@ def _(
     group_topk=1,
     backend=None,
 ):
-    _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk)
+    check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk)
     size = (logits_TE.shape[0], top_k)
     dtype = torch.promote_types(logits_TE.dtype, torch.float32)
     scores_TK = logits_TE.new_empty(size, dtype=dtype)
     return scores_TK, logits_TE.new_empty(size, dtype=torch.int32), torch.empty_like(scores_TK)
+
+
+@torch.library.custom_op("sonic::topk_softmax_bwd", mutates_args=())
+def topk_softmax_bwd(
+    dscores_TK: Tensor,
+    expert_TK: Tensor,
+    prob_TK: Tensor,
+    logits_TE: Optional[Tensor],
+    num_experts: int,
+    score_function: str = "softmax",
+    norm_topk_prob: bool = False,
+    scaling_factor: float = 1.0,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """Derivatives of the logits from those of the scores; experts that were not chosen get zero, unless softmax ran
+    over all of them.
+
+    Args:
+        dscores_TK: gradient of the scores.
+        expert_TK, prob_TK: from :func:`topk_softmax`.
+        logits_TE: exactly where softmax ran over all experts (``pre_softmax`` without ``norm_topk_prob``); else None.
+        num_experts: E.
+        score_function, norm_topk_prob, scaling_factor: as given to :func:`topk_softmax`.
+        backend: insist on a backend.
+
+    Returns:
+        dlogits_TE: dtype of the scores.
+
+    Cost: reads 3 T K values (and T E logits), writes T E.
+
+    Raises:
+        ValueError: shapes, dtypes or names do not fit; no backend can serve.
+    """
+    options = (num_experts, score_function, norm_topk_prob, scaling_factor)
+    check_topk_bwd(dscores_TK, expert_TK, prob_TK, logits_TE, *options[:3])
+    request = dispatch.request_of(
+        "topk_softmax_bwd", prob_TK, num_rows=prob_TK.shape[0] * prob_TK.shape[1], num_experts=num_experts
+    )
+    return dispatch.run(request, backend, dscores_TK, expert_TK, prob_TK, logits_TE, *options)
+
+
+@topk_softmax_bwd.register_fake
+def _(
+    dscores_TK,
+    expert_TK,
+    prob_TK,
+    logits_TE,
+    num_experts,
+    score_function="softmax",
+    norm_topk_prob=False,
+    scaling_factor=1.0,
+    backend=None,
+):
+    check_topk_bwd(dscores_TK, expert_TK, prob_TK, logits_TE, num_experts, score_function, norm_topk_prob)
+    return prob_TK.new_empty(prob_TK.shape[0], num_experts)
 
 
 @torch.library.custom_op("sonic::build_plan", mutates_args=())
@@ -707,7 +768,7 @@ def build_plan(
         ValueError: wrong shapes or dtypes; on a CPU also an index out of range, or a token twice at one expert (an
             accelerator reports those as a device-side assertion, since looking would cost a synchronisation).
     """
-    _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+    check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
     request = dispatch.request_of(
         "build_plan", expert_of_slot_P, num_rows=expert_of_slot_P.shape[0], num_experts=num_experts
     )
@@ -716,7 +777,7 @@ def build_plan(
 
 @build_plan.register_fake
 def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, backend=None):
-    _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+    check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
 
     def index(size):
         return expert_of_slot_P.new_empty(size, dtype=torch.int32)
@@ -872,20 +933,6 @@ def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
     _check_row_scores("combine", row_scores_R, y_RD, y_RD.shape[0])
 
 
-def _check_topk(logits_TE, top_k, score_function, expert_bias_E, num_groups, group_topk):
-    where = "sonic.topk_softmax"
-    check_shape(where, "logits_TE", logits_TE, T=None, E=None)
-    check_dtype(where, "logits_TE", logits_TE, FLOAT_DTYPES)
-    check_choice(where, "score_function", score_function, SCORE_FUNCTIONS)
-    num_experts = logits_TE.shape[1]
-    if not 1 <= top_k <= num_experts:
-        raise argument_error(where, "top_k", top_k, f"1 to num_experts = {num_experts}")
-    check_groups(where, num_experts, top_k, num_groups, group_topk)
-    if expert_bias_E is not None:
-        check_shape(where, "expert_bias_E", expert_bias_E, E=num_experts)
-        check_same(where, ("logits_TE", logits_TE), (("expert_bias_E", expert_bias_E),), dtype=False)
-
-
 def check_backend(where: str, backend: str | None) -> None:
     """Refuse a backend that does not exist.
 
@@ -894,36 +941,6 @@ def check_backend(where: str, backend: str | None) -> None:
     """
     if backend is not None:
         check_choice(where, "backend", backend, dispatch.backends())
-
-
-def check_row_count(where: str, argument: str, tensor: Tensor) -> None:
-    """Refuse more rows, tokens or slots than int32 counts; a compiler's symbolic size passes until the op runs.
-
-    Raises:
-        ValueError: naming the argument and its shape.
-    """
-    if _is_too_many(tensor.shape[0]):
-        raise argument_error(where, argument, tuple(tensor.shape), "a first dimension below 2**31")
-
-
-def _is_too_many(count):
-    return not torch.compiler.is_compiling() and isinstance(count, int) and count >= 2**31
-
-
-def check_groups(where: str, num_experts: int, top_k: int, num_groups: int, group_topk: int) -> None:
-    """Refuse groups that do not divide the experts, or that hold too few of them.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    check_positive(where, num_groups=num_groups, group_topk=group_topk)
-    if num_experts % num_groups:
-        raise argument_error(where, "num_groups", num_groups, f"a divisor of num_experts = {num_experts}")
-    if group_topk > num_groups:
-        raise argument_error(where, "group_topk", group_topk, f"at most num_groups = {num_groups}")
-    reach = num_experts // num_groups * group_topk
-    if top_k > reach:
-        raise argument_error(where, "top_k", top_k, f"at most the {reach} experts of group_topk = {group_topk} groups")
 
 
 def tile_rows(tensor: Tensor, num_rows: int, num_experts: int, backend: str | None = None) -> int:
@@ -936,20 +953,3 @@ def tile_rows(tensor: Tensor, num_rows: int, num_experts: int, backend: str | No
         "up_proj", tensor, num_rows=num_rows, num_experts=num_experts, hidden_size=tensor.shape[1]
     )
     return dispatch.tile_rows(request, backend)
-
-
-def _check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):
-    where = "sonic.build_plan"
-    check_shape(where, "expert_of_slot_P", expert_of_slot_P, P=None)
-    check_integer(where, "expert_of_slot_P", expert_of_slot_P)
-    check_row_count(where, "expert_of_slot_P", expert_of_slot_P)
-    if _is_too_many(num_tokens):
-        raise argument_error(where, "num_tokens", num_tokens, "below 2**31")
-    slots = expert_of_slot_P.shape[0]
-    if token_of_slot_P is not None:
-        check_shape(where, "token_of_slot_P", token_of_slot_P, P=slots)
-        check_integer(where, "token_of_slot_P", token_of_slot_P)
-        others = (("token_of_slot_P", token_of_slot_P),)
-        check_same(where, ("expert_of_slot_P", expert_of_slot_P), others, dtype=False)
-    elif num_tokens == 0 and slots != 0 or num_tokens and slots % num_tokens:
-        raise argument_error(where, "expert_of_slot_P", f"({slots},)", f"(T * K,) with T = {num_tokens}")

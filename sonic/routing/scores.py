@@ -292,7 +292,7 @@ class _TopKScores(torch.autograd.Function):
             prob_TK = scores_TK  # the same values, and the experts keep the scores anyway
         ctx.over_all_experts = score_function == "softmax" and pre_softmax and not norm_topk_prob
         ctx.score_function, ctx.norm_topk_prob, ctx.scaling_factor = score_function, norm_topk_prob, scaling_factor
-        ctx.has_source = x_TD is not None
+        ctx.has_source, ctx.backend = x_TD is not None, backend
         ctx.num_experts, ctx.logits_dtype = logits_TE.shape[1], logits_TE.dtype
         recompute = ((x_TD, weight_ED, bias_E) if ctx.has_source else (logits_TE,)) if ctx.over_all_experts else ()
         ctx.save_for_backward(anchor, expert_TK, prob_TK, *recompute)
@@ -303,24 +303,12 @@ class _TopKScores(torch.autograd.Function):
     def backward(ctx: Any, dscores_TK: Tensor, _: Tensor) -> Any:
         anchor, expert_TK, prob_TK, *kept = ctx.saved_tensors  # once: activation checkpointing recomputes on access
         with torch.no_grad():
-            dprob_TK = dscores_TK * ctx.scaling_factor
-            if ctx.score_function != "softmax":
-                if ctx.norm_topk_prob:
-                    total_T1 = prob_TK.sum(-1, keepdim=True) + 1e-20
-                    share_TK = prob_TK / total_T1
-                    dprob_TK = (dprob_TK - (share_TK * dprob_TK).sum(-1, keepdim=True)) / total_T1
-                dchosen_TK = dprob_TK * pointwise_slope(prob_TK, ctx.score_function)
-            else:
-                dchosen_TK = dprob_TK * prob_TK
-                mean_T1 = dchosen_TK.sum(-1, keepdim=True)
-                if not ctx.over_all_experts:
-                    dchosen_TK = dchosen_TK - prob_TK * mean_T1
+            logits_TE = None
             if ctx.over_all_experts:
                 logits_TE = logits_of(*kept) if ctx.has_source else kept[0]
-                dlogits_TE = torch.softmax(logits_TE.to(prob_TK.dtype), dim=-1).mul_(-mean_T1)
-            else:
-                dlogits_TE = prob_TK.new_zeros(prob_TK.shape[0], ctx.num_experts)
-            dlogits_TE = dlogits_TE.scatter_add(1, expert_TK.long(), dchosen_TK).to(ctx.logits_dtype)
+            options = (ctx.num_experts, ctx.score_function, ctx.norm_topk_prob, ctx.scaling_factor)
+            dlogits_TE = ops.topk_softmax_bwd(dscores_TK, expert_TK, prob_TK, logits_TE, *options, ctx.backend)
+            dlogits_TE = dlogits_TE.to(ctx.logits_dtype)
         (dlogits,) = refuse_double_backward(
             "sonic.routing.topk_scores", (dlogits_TE,), (dscores_TK, anchor, prob_TK, *kept)
         )

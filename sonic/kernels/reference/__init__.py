@@ -16,7 +16,7 @@ from sonic.kernels.reference.grouped_gemm import (
     up_proj_bwd_input,
     up_proj_bwd_weight,
 )
-from sonic.kernels.reference.routing import build_plan, topk_softmax
+from sonic.kernels.reference.routing import build_plan, topk_softmax, topk_softmax_bwd
 from sonic.kernels.reference.whole_pass import experts, experts_bwd
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "experts_bwd",
     "tile_rows",
     "topk_softmax",
+    "topk_softmax_bwd",
     "unsupported_reasons",
     "up_proj",
     "up_proj_bwd_input",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sonic.shapes import argument_error
 
-__all__ = ["build_plan", "topk_softmax"]
+__all__ = ["build_plan", "topk_softmax", "topk_softmax_bwd"]
 
 
 def topk_softmax(
@@ -85,6 +85,43 @@ def _only_best_groups(preference_TE: Tensor, num_groups: int, group_topk: int, n
     is_out_TG1 = torch.ones(preference_TGe.shape[:2], dtype=torch.bool, device=preference_TE.device)
     is_out_TG1 = is_out_TG1.scatter_(1, chosen_Tg, False)[..., None]
     return preference_TGe.masked_fill(is_out_TG1, -torch.inf).flatten(1)
+
+
+def topk_softmax_bwd(
+    dscores_TK: Tensor,
+    expert_TK: Tensor,
+    prob_TK: Tensor,
+    logits_TE: Tensor | None,
+    num_experts: int,
+    score_function: str,
+    norm_topk_prob: bool,
+    scaling_factor: float,
+) -> Tensor:
+    """Derivatives of all logits, from those of the scores; see ``sonic.kernels.ops.topk_softmax_bwd``."""
+    dprob_TK = dscores_TK * scaling_factor
+    if score_function != "softmax":
+        if norm_topk_prob:
+            total_T1 = prob_TK.sum(-1, keepdim=True) + 1e-20
+            share_TK = prob_TK / total_T1
+            dprob_TK = (dprob_TK - (share_TK * dprob_TK).sum(-1, keepdim=True)) / total_T1
+        dchosen_TK = dprob_TK * _pointwise_slope(prob_TK, score_function)
+    else:
+        dchosen_TK = dprob_TK * prob_TK
+        mean_T1 = dchosen_TK.sum(-1, keepdim=True)
+        if logits_TE is not None:  # over all experts: those that were not chosen have their part in the sum, too
+            dlogits_TE = torch.softmax(logits_TE.to(prob_TK.dtype), dim=-1).mul_(-mean_T1)
+            return dlogits_TE.scatter_add_(1, expert_TK.long(), dchosen_TK)
+        dchosen_TK = dchosen_TK - prob_TK * mean_T1
+    dlogits_TE = prob_TK.new_zeros(prob_TK.shape[0], num_experts)
+    return dlogits_TE.scatter_add_(1, expert_TK.long(), dchosen_TK)
+
+
+def _pointwise_slope(prob: Tensor, score_function: str) -> Tensor:
+    """Derivative of sigmoid or sqrtsoftplus with respect to the logit, from its value."""
+    if score_function == "sigmoid":
+        return prob * (1 - prob)
+    # d sqrt(softplus) = sigmoid / (2 sqrt(softplus)), and sigmoid = 1 - exp(-softplus)
+    return -torch.expm1(-prob.square()) / (2 * prob).clamp(min=torch.finfo(prob.dtype).tiny)
 
 
 def build_plan(

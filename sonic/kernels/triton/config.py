@@ -92,7 +92,7 @@ _HALF_LARGE = (
     (32, 128, 64, 4, 4, 2),
     (16, 128, 64, 4, 4, 1),
 )
-_HALF_NARROW = tuple(row for row in _HALF_LARGE if row[1] <= 128)  # the derivative's operands take registers
+_HALF_NARROW = tuple((*row[:5], 2 * row[5]) for row in _HALF_LARGE if row[1] <= 128)  # the derivative's operands take registers
 _HALF_AMPERE = (
     (128, 128, 32, 8, 4, 4),
     (128, 64, 64, 4, 3, 4),

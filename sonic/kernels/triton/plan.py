@@ -31,27 +31,20 @@ _SUB_BLOCK = 16
 _MAX_COUNTED_EXPERTS = 2048  # beyond, the table outweighs the slots: they are sorted instead
 
 
-@triton.jit
-def load_experts(expert, visit, num_slots, NUM_EXPERTS: tl.constexpr):
-    """Experts of some slots as int32, -1 for those out of range; and whether there is such a slot."""
-    is_slot = visit < num_slots
-    index = tl.load(expert + visit, mask=is_slot, other=0).to(tl.int64)
-    is_within = is_slot & (index >= 0) & (index < NUM_EXPERTS)
-    return tl.where(is_within, index, -1).to(tl.int32), is_slot
-
-
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def count_kernel(
     expert, count, num_slots, num_blocks, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
     """Fill ``count``: a zero, the (E, blocks) table, and for each block the slots without a right expert."""
     block = tl.program_id(0).to(tl.int64)
-    index, is_slot = load_experts(expert, block * BLOCK + tl.arange(0, BLOCK), num_slots, NUM_EXPERTS)
-    is_within = index >= 0
-    found = tl.histogram(tl.where(is_within, index, 0), BINS, mask=is_within)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    is_slot = slot < num_slots
+    index = tl.load(expert + slot, mask=is_slot, other=0).to(tl.int64)
+    is_within = is_slot & (index >= 0) & (index < NUM_EXPERTS)
+    found = tl.histogram(tl.where(is_within, index, 0).to(tl.int32), BINS, mask=is_within)
     bin = tl.arange(0, BINS)
     tl.store(count + 1 + bin.to(tl.int64) * num_blocks + block, found, mask=bin < NUM_EXPERTS)
-    num_wrong = tl.sum((is_slot & (index < 0)).to(tl.int32), axis=0)
+    num_wrong = tl.sum((is_slot & ~is_within).to(tl.int32), axis=0)
     tl.store(count + 1 + num_blocks.to(tl.int64) * NUM_EXPERTS + block, num_wrong)
     if block == 0:
         tl.store(count, 0)
@@ -79,15 +72,17 @@ def place_kernel(
     block = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     visit = block * BLOCK + place
-    mine, _ = load_experts(expert, visit, num_slots, NUM_EXPERTS)
+    mine = tl.load(expert + visit, mask=visit < num_slots, other=0)
     rank = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, BLOCK, SUB_BLOCK):
         before = first + tl.arange(0, SUB_BLOCK)
-        theirs, _ = load_experts(expert, block * BLOCK + before, num_slots, NUM_EXPERTS)
+        other_visit = block * BLOCK + before
+        theirs = tl.load(expert + other_visit, mask=other_visit < num_slots, other=0)
         is_equal = (theirs[:, None] == mine[None, :]) & (before[:, None] < place[None, :])
         rank += tl.sum(is_equal.to(tl.int32), axis=0)
-    is_within = mine >= 0
-    row = tl.load(start + mine.to(tl.int64) * num_blocks + block, mask=is_within, other=0) + rank
+    index = mine.to(tl.int64)
+    is_within = (visit < num_slots) & (index >= 0) & (index < NUM_EXPERTS)
+    row = tl.load(start + index * num_blocks + block, mask=is_within, other=0) + rank
     if slot is None:
         own_slot, own_token = visit, visit // TOP_K
     else:
@@ -125,7 +120,7 @@ def build_plan(
     expert_of_slot_P = expert_of_slot_P.contiguous()
     edges_T1 = torch.arange(num_tokens + 1, device=device)
     token_P = slot_P = None
-    top_k = num_slots // num_tokens if num_tokens else 0
+    top_k = num_slots // max(num_tokens, 1)
     if token_of_slot_P is None:
         expert_P, token_offset_T1 = expert_of_slot_P, (edges_T1 * top_k).int()
     else:
@@ -195,7 +190,7 @@ def _place_by_counting(
         label="build_plan",
         num_warps=block // 128,  # a thread holds four slots and compares them alone
         NUM_EXPERTS=num_experts,
-        TOP_K=top_k,
+        TOP_K=max(top_k, 1),
         BLOCK=block,
         SUB_BLOCK=_SUB_BLOCK,
     )

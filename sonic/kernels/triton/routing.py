@@ -22,7 +22,8 @@ from sonic.kernels.triton.launch import launch
 
 __all__ = ["topk_softmax", "topk_softmax_bwd"]
 
-_VALUES_PER_WARP = 1024  # of the table, 32 registers per thread; rows do not cross warps where one warp holds a row
+_VALUES_PER_PROGRAM = 512  # of the table, unless one row has more
+_VALUES_PER_WARP = 1024  # 32 registers of a thread; up to there a row stays inside one warp, whose reductions are cheap
 _MAX_WARPS = 16
 
 _NONE = tl.constexpr(-(2**31))  # the key of what can not be chosen; that of -inf is larger
@@ -257,8 +258,8 @@ def topk_softmax_bwd_kernel(
 
     grad = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if logits is not None:
-        at = logits + token * NUM_EXPERTS + column
-        value = tl.load(at, mask=is_token & is_expert, other=-_INF).to(tl.float32)
+        table = logits + token * NUM_EXPERTS + column
+        value = tl.load(table, mask=is_token & is_expert, other=-_INF).to(tl.float32)
         top, exp_total = row_softmax_parts(value)
         grad = tl.exp(value - top) / exp_total * -mean
     for k in range(TOP_K):
@@ -367,4 +368,4 @@ def topk_softmax_bwd(
 def _block(row_values: int) -> tuple[int, int]:
     """Rows per program and its warps, for rows of so many values (a power of two)."""
     num_warps = min(max(1, row_values // _VALUES_PER_WARP), _MAX_WARPS)
-    return max(1, min(64, _VALUES_PER_WARP // row_values)), num_warps
+    return max(1, min(64, _VALUES_PER_PROGRAM // row_values)), num_warps
