@@ -173,6 +173,7 @@ def combine(
     row_scores_R: Optional[Tensor],
     row_by_token_R: Tensor,
     token_offset_T1: Tensor,
+    residual_TD: Optional[Tensor] = None,
     backend: Optional[str] = None,
 ) -> Tensor:
     """Gather the rows of each token and sum them: ``out[t] = sum of score * y over the rows of t``, in one fixed order.
@@ -182,24 +183,25 @@ def combine(
         row_scores_R: any floating dtype, in the order of the rows. None: 1 (that is dX).
         row_by_token_R: int32, the rows listed token by token.
         token_offset_T1: int32, those of token t are ``[offset[t] : offset[t + 1]]``; any number, none gives zeros.
+        residual_TD: added to the sums before they are rounded; dtype of the rows. None: 0.
         backend: insist on a backend.
 
     Returns:
         out_TD: summed in at least float32, rounded once.
 
-    Cost: 2 R D FLOP; reads R D, writes T D values.
+    Cost: 2 R D FLOP; reads R D (and T D of a residual), writes T D values.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1)
+    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
     request = dispatch.request_of("combine", y_RD, num_rows=y_RD.shape[0], hidden_size=y_RD.shape[1])
-    return dispatch.run(request, backend, y_RD, row_scores_R, row_by_token_R, token_offset_T1)
+    return dispatch.run(request, backend, y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
 
 
 @combine.register_fake
-def _(y_RD, row_scores_R, row_by_token_R, token_offset_T1, backend=None):
-    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1)
+def _(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD=None, backend=None):
+    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
     return y_RD.new_empty(token_offset_T1.shape[0] - 1, y_RD.shape[1])
 
 
@@ -282,7 +284,7 @@ def _(
     )
 
 
-@torch.library.custom_op("sonic::down_proj_bwd_weight", mutates_args=())
+@torch.library.custom_op("sonic::down_proj_bwd_weight", mutates_args=("main_grad_EDN",))
 def down_proj_bwd_weight(
     dout_TD: Tensor,
     scaled_a_RN: Tensor,
@@ -291,6 +293,7 @@ def down_proj_bwd_weight(
     expert_offset_E1: Tensor,
     need_weight: bool = True,
     need_bias: bool = False,
+    main_grad_EDN: Optional[Tensor] = None,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor]:
     """Contract over each expert's rows: ``dw2[e] = sum of dO[t] (x) (score * a)``, ``db2[e] = sum of score * dO[t]``.
@@ -303,6 +306,7 @@ def down_proj_bwd_weight(
         expert_offset_E1: int32.
         need_weight: compute dW2; without, an empty (0, D, N) comes back.
         need_bias: compute db2; without, an empty (0, D) comes back.
+        main_grad_EDN: float32; dW2 is added to it, unrounded, and an empty (0, D, N) comes back.
         backend: insist on a backend.
 
     Returns:
@@ -317,6 +321,8 @@ def down_proj_bwd_weight(
         "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
     )
     _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
+    shape = (expert_offset_E1.shape[0] - 1, dout_TD.shape[1], scaled_a_RN.shape[1])
+    _check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
     request = dispatch.request_of(
         "down_proj_bwd_weight",
         dout_TD,
@@ -326,7 +332,16 @@ def down_proj_bwd_weight(
         intermediate_size=scaled_a_RN.shape[1],
     )
     return dispatch.run(
-        request, backend, dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_weight, need_bias
+        request,
+        backend,
+        dout_TD,
+        scaled_a_RN,
+        row_scores_R,
+        token_of_row_R,
+        expert_offset_E1,
+        need_weight,
+        need_bias,
+        main_grad_EDN,
     )
 
 
@@ -339,15 +354,18 @@ def _(
     expert_offset_E1,
     need_weight=True,
     need_bias=False,
+    main_grad_EDN=None,
     backend=None,
 ):
     _check_weight_bwd(
         "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
     )
     _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
+    shape = (expert_offset_E1.shape[0] - 1, dout_TD.shape[1], scaled_a_RN.shape[1])
+    _check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
     experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
     return (
-        dout_TD.new_empty(experts if need_weight else 0, width_d, scaled_a_RN.shape[1]),
+        dout_TD.new_empty(experts if need_weight and main_grad_EDN is None else 0, width_d, scaled_a_RN.shape[1]),
         dout_TD.new_empty(experts if need_bias else 0, width_d),
     )
 
@@ -381,7 +399,7 @@ def _(dh_RU, w1_EUD, expert_offset_E1, backend=None):
     return dh_RU.new_empty(dh_RU.shape[0], w1_EUD.shape[2])
 
 
-@torch.library.custom_op("sonic::up_proj_bwd_weight", mutates_args=())
+@torch.library.custom_op("sonic::up_proj_bwd_weight", mutates_args=("main_grad_EUD",))
 def up_proj_bwd_weight(
     dh_RU: Tensor,
     x_TD: Tensor,
@@ -389,6 +407,7 @@ def up_proj_bwd_weight(
     expert_offset_E1: Tensor,
     need_weight: bool = True,
     need_bias: bool = False,
+    main_grad_EUD: Optional[Tensor] = None,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor]:
     """Contract over each expert's rows: ``dw1[e] = sum of dh (x) x[t]``, ``db1[e] = sum of dh``.
@@ -400,6 +419,7 @@ def up_proj_bwd_weight(
         expert_offset_E1: int32.
         need_weight: compute dW1; without, an empty (0, U, D) comes back.
         need_bias: compute db1; without, an empty (0, U) comes back.
+        main_grad_EUD: float32; dW1 is added to it, unrounded, and an empty (0, U, D) comes back.
         backend: insist on a backend.
 
     Returns:
@@ -411,6 +431,8 @@ def up_proj_bwd_weight(
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
     _check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
+    shape = (expert_offset_E1.shape[0] - 1, dh_RU.shape[1], x_TD.shape[1])
+    _check_main_grad("up_proj_bwd_weight", "main_grad_EUD", main_grad_EUD, shape, x_TD)
     request = dispatch.request_of(
         "up_proj_bwd_weight",
         x_TD,
@@ -419,15 +441,20 @@ def up_proj_bwd_weight(
         hidden_size=x_TD.shape[1],
         intermediate_size=dh_RU.shape[1],
     )
-    return dispatch.run(request, backend, dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight, need_bias)
+    options = (need_weight, need_bias, main_grad_EUD)
+    return dispatch.run(request, backend, dh_RU, x_TD, token_of_row_R, expert_offset_E1, *options)
 
 
 @up_proj_bwd_weight.register_fake
-def _(dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight=True, need_bias=False, backend=None):
+def _(
+    dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight=True, need_bias=False, main_grad_EUD=None, backend=None
+):
     _check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
+    shape = (expert_offset_E1.shape[0] - 1, dh_RU.shape[1], x_TD.shape[1])
+    _check_main_grad("up_proj_bwd_weight", "main_grad_EUD", main_grad_EUD, shape, x_TD)
     experts, width_u = expert_offset_E1.shape[0] - 1, dh_RU.shape[1]
     return (
-        x_TD.new_empty(experts if need_weight else 0, width_u, x_TD.shape[1]),
+        x_TD.new_empty(experts if need_weight and main_grad_EUD is None else 0, width_u, x_TD.shape[1]),
         x_TD.new_empty(experts if need_bias else 0, width_u),
     )
 
@@ -477,7 +504,7 @@ def experts(
         return down_proj(a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, backend), h_RU
     y_RD = down_proj(a_RN, w2_EDN, b2_ED, None, expert_offset_E1, backend)
     del a_RN
-    return combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, backend), h_RU
+    return combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, None, backend), h_RU
 
 
 @experts.register_fake
@@ -503,7 +530,7 @@ def _(
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(num_rows if need_h else 0, w1_EUD.shape[1])
 
 
-@torch.library.custom_op("sonic::experts_bwd", mutates_args=())
+@torch.library.custom_op("sonic::experts_bwd", mutates_args=("main_grad_w1_EUD", "main_grad_w2_EDN"))
 def experts_bwd(
     dout_TD: Tensor,
     x_TD: Tensor,
@@ -523,6 +550,8 @@ def experts_bwd(
     need_db1: bool = False,
     need_db2: bool = False,
     need_dscores: bool = True,
+    main_grad_w1_EUD: Optional[Tensor] = None,
+    main_grad_w2_EDN: Optional[Tensor] = None,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The whole backward of the experts: the four backward GEMM ops and :func:`combine`, or the backend's own pass.
@@ -531,6 +560,7 @@ def experts_bwd(
         dout_TD: gradient of :func:`experts`' output.
         h_RU: what :func:`experts` returned; None: computed again from X, 2 R D U FLOP.
         need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores: which gradients to compute.
+        main_grad_w1_EUD, main_grad_w2_EDN: as in :func:`up_proj_bwd_weight` and :func:`down_proj_bwd_weight`.
         x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout,
             backend: as in :func:`experts`.
 
@@ -545,11 +575,14 @@ def experts_bwd(
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
     _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
     _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
+    main_grads = (main_grad_w1_EUD, main_grad_w2_EDN)
+    _check_main_grad(op, "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
+    _check_main_grad(op, "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
     request = _request(op, x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
     if dispatch.has_kernel(request, backend):
         tensors = (dout_TD, x_TD, h_RU, w1_EUD, w2_EDN, b1_EU, b2_ED)
         gradients = (need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores)
-        return dispatch.run(request, backend, *tensors, *rows, *names, *gradients)
+        return dispatch.run(request, backend, *tensors, *rows, *names, *gradients, *main_grads)
     if h_RU is None:
         h_RU, _ = up_proj(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, True, backend)
     needed = (need_dx or need_dw1 or need_db1, need_dscores)
@@ -560,18 +593,27 @@ def experts_bwd(
     dw2_EDN, db2_ED = w2_EDN.new_empty(0, *w2_EDN.shape[1:]), w2_EDN.new_empty(0, w2_EDN.shape[1])
     if need_dw2 or need_db2:
         dw2_EDN, db2_ED = down_proj_bwd_weight(
-            dout_TD, scaled_a_RN, row_scores_R, token_of_row_R, expert_offset_E1, need_dw2, need_db2, backend
+            dout_TD,
+            scaled_a_RN,
+            row_scores_R,
+            token_of_row_R,
+            expert_offset_E1,
+            need_dw2,
+            need_db2,
+            main_grad_w2_EDN,
+            backend,
         )
     del scaled_a_RN
     dw1_EUD, db1_EU = w1_EUD.new_empty(0, *w1_EUD.shape[1:]), w1_EUD.new_empty(0, w1_EUD.shape[1])
     if need_dw1 or need_db1:
-        dw1_EUD, db1_EU = up_proj_bwd_weight(dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_dw1, need_db1, backend)
+        options = (need_dw1, need_db1, main_grad_w1_EUD, backend)
+        dw1_EUD, db1_EU = up_proj_bwd_weight(dh_RU, x_TD, token_of_row_R, expert_offset_E1, *options)
     dx_TD = x_TD.new_empty(0, x_TD.shape[1])
     if need_dx:
         dx_TD = up_proj_bwd_input(dh_RU, w1_EUD, expert_offset_E1, backend)
         del dh_RU
         if token_of_row_R is not None:
-            dx_TD = combine(dx_TD, None, *_rows_by_token(token_of_row_R, x_TD.shape[0]), backend)
+            dx_TD = combine(dx_TD, None, *_rows_by_token(token_of_row_R, x_TD.shape[0]), None, backend)
     return dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R
 
 
@@ -595,11 +637,16 @@ def _(
     need_db1=False,
     need_db2=False,
     need_dscores=True,
+    main_grad_w1_EUD=None,
+    main_grad_w2_EDN=None,
     backend=None,
 ):
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
     _check_experts("experts_bwd", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
     _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
+
+    _check_main_grad("experts_bwd", "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
+    _check_main_grad("experts_bwd", "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
 
     def gradient(needed, like):
         return like.new_empty(like.shape[0] if needed else 0, *like.shape[1:])
@@ -607,8 +654,8 @@ def _(
     num_rows, num_experts = _rows(x_TD, token_of_row_R), w1_EUD.shape[0]
     return (
         gradient(need_dx, x_TD),
-        gradient(need_dw1, w1_EUD),
-        gradient(need_dw2, w2_EDN),
+        gradient(need_dw1 and main_grad_w1_EUD is None, w1_EUD),
+        gradient(need_dw2 and main_grad_w2_EDN is None, w2_EDN),
         x_TD.new_empty(num_experts if need_db1 else 0, w1_EUD.shape[1]),
         x_TD.new_empty(num_experts if need_db2 else 0, w2_EDN.shape[1]),
         x_TD.new_empty(num_rows if need_dscores else 0, dtype=torch.promote_types(x_TD.dtype, torch.float32)),
@@ -912,6 +959,17 @@ def _check_weight_bwd(op, gathered_name, gathered_TD, rows_name, rows_RN, token_
     check_same(where, (gathered_name, gathered_TD), ((rows_name, rows_RN),))
 
 
+def _check_main_grad(op, name, main_grad, shape, like):
+    if main_grad is None:
+        return
+    where = f"sonic.{op}"
+    check_shape(where, name, main_grad, **dict(zip(name[-3:], shape, strict=True)))
+    check_dtype(where, name, main_grad, (torch.float32,))
+    check_same(where, ("rows", like), ((name, main_grad),), dtype=False)
+    if not main_grad.is_contiguous():
+        raise argument_error(where, name, f"of strides {main_grad.stride()}", "a contiguous tensor: it is added to")
+
+
 def _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1):
     where = "sonic.up_proj_bwd_input"
     _check_rows("up_proj_bwd_input", "dh_RU", dh_RU, None, expert_offset_E1)
@@ -919,7 +977,7 @@ def _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1):
     check_same(where, ("dh_RU", dh_RU), (("w1_EUD", w1_EUD),))
 
 
-def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
+def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD):
     where = "sonic.combine"
     check_shape(where, "y_RD", y_RD, R=None, D=None)
     check_dtype(where, "y_RD", y_RD, FLOAT_DTYPES)
@@ -931,6 +989,9 @@ def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1):
     others = (("row_by_token_R", row_by_token_R), ("token_offset_T1", token_offset_T1))
     check_same(where, ("y_RD", y_RD), others, dtype=False)
     _check_row_scores("combine", row_scores_R, y_RD, y_RD.shape[0])
+    if residual_TD is not None:
+        check_shape(where, "residual_TD", residual_TD, T=token_offset_T1.shape[0] - 1, D=y_RD.shape[1])
+        check_same(where, ("y_RD", y_RD), (("residual_TD", residual_TD),))
 
 
 def check_backend(where: str, backend: str | None) -> None:

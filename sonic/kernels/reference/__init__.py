@@ -1,8 +1,8 @@
 """Plain torch: the definition of right on any device and in any float dtype, and the fast path on a CPU.
 
 On a CPU each grouped GEMM is one pass over the rows of one expert after another: rows are gathered into one small block
-that stays in cache, multiplied into their place in the output, and the activation or its derivative is taken while the block is still
-there. On another device the same code runs, but reads the expert offsets to the host: right, not fast.
+that stays in cache, multiplied into their place in the output, and the activation or its derivative is taken while the
+block is still there. On another device the same code runs, but reads the expert offsets to the host: right, not fast.
 """
 
 from __future__ import annotations

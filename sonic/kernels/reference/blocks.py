@@ -168,12 +168,21 @@ class ExpertSums:
     Blocks come expert by expert, in ascending order. Where the sum has the gradient's dtype it is built in its place.
     """
 
-    def __init__(self, like: Tensor, shape: torch.Size, need_weight: bool, need_bias: bool) -> None:
-        """For weights of ``shape`` (E, a, b) with gradients in the dtype of ``like``.
+    def __init__(
+        self,
+        like: Tensor,
+        shape: torch.Size,
+        need_weight: bool,
+        need_bias: bool,
+        main_grad_Eab: Tensor | None = None,
+    ) -> None:
+        """For weights of ``shape`` (E, a, b) with gradients in the dtype of ``like``, or added to ``main_grad_Eab``.
 
         Of what is not needed, an empty tensor comes out.
         """
         num_experts, width_a, width_b = shape
+        self._main_grad_Eab = main_grad_Eab
+        need_weight = need_weight and main_grad_Eab is None
         self._dw_Eab = like.new_empty(num_experts if need_weight else 0, width_a, width_b)
         sum_dtype = torch.promote_types(like.dtype, torch.float32)
         self._db_Ea = like.new_zeros(num_experts if need_bias else 0, width_a, dtype=sum_dtype)
@@ -184,6 +193,10 @@ class ExpertSums:
 
     def add_weight(self, expert: int, left_aR: Tensor, right_Rb: Tensor) -> None:
         """Add ``left @ right`` to the weight gradient of ``expert``."""
+        if self._main_grad_Eab is not None:
+            sum_ab = self._main_grad_Eab[expert]
+            torch.addmm(sum_ab, left_aR.to(sum_ab.dtype), right_Rb.to(sum_ab.dtype), out=sum_ab)
+            return
         is_first = expert != self._expert
         if is_first:
             self._move_to(expert)

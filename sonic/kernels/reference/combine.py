@@ -9,13 +9,23 @@ from torch.nn import functional as F
 __all__ = ["combine"]
 
 
-def combine(y_RD: Tensor, row_scores_R: Tensor | None, row_by_token_R: Tensor, token_offset_T1: Tensor) -> Tensor:
-    """O_t = sum over the rows of t of score * Y; see ``sonic.kernels.ops.combine``.
+def combine(
+    y_RD: Tensor,
+    row_scores_R: Tensor | None,
+    row_by_token_R: Tensor,
+    token_offset_T1: Tensor,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """O_t = sum over the rows of t of score * Y (+ residual); see ``sonic.kernels.ops.combine``.
 
     ``embedding_bag`` reads each row once, sums in float32 for 16-bit rows, and writes each token once: 2 R D + 2 T D
     bytes in bf16.
     """
     num_tokens = token_offset_T1.shape[0] - 1
+    if residual_TD is not None:  # in float32, so that the sum is rounded once
+        wide = torch.promote_types(y_RD.dtype, torch.float32)
+        total_TD = combine(y_RD.to(wide), row_scores_R, row_by_token_R, token_offset_T1)
+        return total_TD.add_(residual_TD).to(y_RD.dtype)
     if num_tokens == 0 or row_by_token_R.shape[0] == 0 or y_RD.shape[1] == 0:
         return y_RD.new_zeros(num_tokens, y_RD.shape[1])
     weights_R = None if row_scores_R is None else row_scores_R.to(y_RD.dtype).index_select(0, row_by_token_R)

@@ -2,8 +2,7 @@
 
 Every op walks the experts that have rows, in blocks of rows small enough for a core's cache: gather (or view) the rows
 of a block, multiply into the block's place in the output, finish the tail (activation, derivative, score, bias) while
-the block is
-in cache. Nothing of the size of a gathered X or dO ever exists, and no table over tokens and experts.
+the block is in cache. Nothing of the size of a gathered X or dO ever exists, and no table over tokens and experts.
 
 Which resource bounds it: the matrix multiplies of one expert (2 * rows * D * U FLOP on rows * D + D * U operands) are
 bound by compute from some tens of rows on; all else is memory traffic, so passes over memory are what this file saves.
@@ -144,6 +143,7 @@ def down_proj_bwd_weight(
     expert_offset_E1: Tensor,
     need_weight: bool,
     need_bias: bool,
+    main_grad_EDN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dW2[e] = sum over rows of dO (x) (score A), db2[e] = sum of score dO.
 
@@ -151,7 +151,7 @@ def down_proj_bwd_weight(
     """
     num_rows, width_n = scaled_a_RN.shape
     num_experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
-    sums = ExpertSums(dout_TD, torch.Size((num_experts, width_d, width_n)), need_weight, need_bias)
+    sums = ExpertSums(dout_TD, torch.Size((num_experts, width_d, width_n)), need_weight, need_bias, main_grad_EDN)
     block = Block(dout_TD, width_d + width_n, contraction=True)
     for expert, start, stop in block.spans(expert_offset_E1, num_rows, num_experts):
         dout_rD = block.rows(dout_TD, token_of_row_R, start, stop)
@@ -170,11 +170,12 @@ def up_proj_bwd_weight(
     expert_offset_E1: Tensor,
     need_weight: bool,
     need_bias: bool,
+    main_grad_EUD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dW1[e] = sum over rows of dH (x) X, db1[e] = sum of dH; see ``sonic.kernels.ops.up_proj_bwd_weight``."""
     num_rows, width_u = dh_RU.shape
     num_experts, width_d = expert_offset_E1.shape[0] - 1, x_TD.shape[1]
-    sums = ExpertSums(x_TD, torch.Size((num_experts, width_u, width_d)), need_weight, need_bias)
+    sums = ExpertSums(x_TD, torch.Size((num_experts, width_u, width_d)), need_weight, need_bias, main_grad_EUD)
     block = Block(x_TD, width_d + width_u, contraction=True)
     for expert, start, stop in block.spans(expert_offset_E1, num_rows, num_experts):
         dh_rU = block.widened("dh", dh_RU[start:stop])

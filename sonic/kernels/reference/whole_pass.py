@@ -80,6 +80,8 @@ def experts_bwd(
     need_db1: bool,
     need_db2: bool,
     need_dscores: bool,
+    main_grad_w1_EUD: Tensor | None = None,
+    main_grad_w2_EDN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dX, dW1, dW2, db1, db2 and dS from dO; see ``sonic.kernels.ops.experts_bwd``."""
     num_experts, width_u, width_d = w1_EUD.shape
@@ -88,8 +90,8 @@ def experts_bwd(
     token_of_row_R = _long(token_of_row_R)
     need_dh = need_dx or need_dw1 or need_db1
     dscores_R = x_TD.new_zeros(num_rows if need_dscores else 0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    sums1 = ExpertSums(x_TD, w1_EUD.shape, need_dw1, need_db1)
-    sums2 = ExpertSums(x_TD, w2_EDN.shape, need_dw2, need_db2)
+    sums1 = ExpertSums(x_TD, w1_EUD.shape, need_dw1, need_db1, main_grad_w1_EUD)
+    sums2 = ExpertSums(x_TD, w2_EDN.shape, need_dw2, need_db2, main_grad_w2_EDN)
     block = Block(x_TD, 3 * width_d + 2 * width_u + 3 * width_n, contraction=need_dw1 or need_dw2)
     total = _TokenSums(x_TD, x_TD.shape[0] if need_dx else 0, width_d, token_of_row_R, block)
     w1, w2 = block.weights(w1_EUD), block.weights(w2_EDN)

@@ -4,13 +4,13 @@ A :class:`GemmConfig` is chosen from what the kernel is (its kind), the mean row
 the target: first the row tile, from rows per expert, dtype and target alone, so that all kernels of a layer and token
 rounding agree on it; then the rest. The model counts, for every candidate that fits the chip:
 
-* products: padded rows x widths x 2 FLOP, in whole waves of as many tiles as run at once on all compute units,
+* products: padded rows x widths x 2 FLOP, in whole waves of as many tiles as there are compute units,
 * operands from L2: (BLOCK_M + BLOCK_N) x K values per tile, at :data:`_L2_OVER_MEMORY` times the memory's bandwidth,
 * memory: weights of the experts that have rows, rows in and out, once.
 
-The longest of the three is the time; the shortest time wins, ties going to the larger tile. Peaks and bandwidths are those
-of :data:`sonic.roofline.CHIPS`. Rows per expert enter by their power of two (:func:`rows_bucket`), never exactly, so that a
-varying number of tokens meets few configurations, and so few compilations.
+The longest of the three is the time; the shortest time wins, ties going to the larger tile. Peaks and bandwidths are
+those of :data:`sonic.roofline.CHIPS`. Rows per expert enter by their power of two (:func:`rows_bucket`), never exactly,
+so that a varying number of tokens meets few configurations, and so few compilations.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ _HALF_LARGE = (
     (32, 128, 64, 4, 4, 2),
     (16, 128, 64, 4, 4, 1),
 )
-_HALF_NARROW = tuple((*row[:5], 2 * row[5]) for row in _HALF_LARGE if row[1] <= 128)  # the derivative's operands take registers
+_HALF_NARROW = tuple(
+    (*row[:5], 2 * row[5]) for row in _HALF_LARGE if row[1] <= 128
+)  # the derivative's operands take registers
 _HALF_AMPERE = (
     (128, 128, 32, 8, 4, 4),
     (128, 64, 64, 4, 3, 4),

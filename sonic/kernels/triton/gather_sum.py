@@ -1,8 +1,8 @@
 """Gather-and-sum: each token's rows, weighted, in one fixed order, without atomics.
 
-Reads R D values through the index and R scores, writes T D (and reads T D of a residual): memory-bound throughout, R D + T
-D values against 2 R D FLOP. One program per token and BLOCK_D columns; it takes BLOCK_ROWS of the token's rows at a
-time, so that their loads are under way together, and sums in float32.
+Reads R D values through the index and R scores, writes T D (and reads T D of a residual): bound by memory throughout,
+with 2 R D FLOP to R D + T D values. One program per token and BLOCK_D columns; it takes BLOCK_ROWS of the token's rows
+at a time, so that their loads are under way together, and sums in float32.
 """
 
 from __future__ import annotations
