@@ -194,8 +194,8 @@ class ExpertSums:
     def add_weight(self, expert: int, left_aR: Tensor, right_Rb: Tensor) -> None:
         """Add ``left @ right`` to the weight gradient of ``expert``."""
         if self._main_grad_Eab is not None:
-            sum_ab = self._main_grad_Eab[expert]
-            torch.addmm(sum_ab, left_aR.to(sum_ab.dtype), right_Rb.to(sum_ab.dtype), out=sum_ab)
+            total_ab = self._main_grad_Eab[expert]
+            torch.addmm(total_ab, left_aR.to(total_ab.dtype), right_Rb.to(total_ab.dtype), out=total_ab)
             return
         is_first = expert != self._expert
         if is_first:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,13 @@ from sonic.shapes import argument_error, check_choice, check_positive
 
 __all__ = [
     "CONFIGS",
+    "FAMILY_OF",
     "KINDS",
     "GemmConfig",
     "choose",
     "estimate_seconds",
     "fits",
+    "programs_at_once",
     "row_tile",
     "rows_bucket",
     "tile_rows",
@@ -44,6 +46,7 @@ KINDS = ("up_gated", "up_plain", "rows", "down_bwd", "contraction")
 the two ``_bwd_weight`` ops."""
 
 _L2_OVER_MEMORY = 3.0  # bandwidth of L2 over that of memory, about what H100 and A100 show
+_REGISTERS = {"cuda": 65536, "hip": 131072, "": 65536}  # 32-bit, of one compute unit
 _OPERAND_BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 
 
@@ -57,9 +60,9 @@ class GemmConfig:
         num_warps: of a program.
         num_stages: steps whose operands are on the way or in use at once.
         slices: parts of its columns in which an epilogue takes a tile, for want of registers; a power of two.
-        group_m: row tiles that are walked together, for L2.
         descriptors: the weights come by tensor descriptors where their strides allow it.
         persistent: programs stay and walk tiles, as many as run at once; else a program per tile.
+        group_m: row tiles that are walked together, for L2.
     """
 
     block_m: int
@@ -68,17 +71,17 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     slices: int = 1
-    group_m: int = 8
     descriptors: bool = False
     persistent: bool = False
+    group_m: int = 8
 
     def shared_bytes(self, value_bytes: int) -> int:
         """Shared memory that the stages of both operands take."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * value_bytes
 
 
-def _configs(*rows: tuple[int, ...], **options: Any) -> tuple[GemmConfig, ...]:
-    return tuple(GemmConfig(*row, **options) for row in rows)
+def _configs(rows: Iterable[tuple[int, ...]], **options: bool) -> tuple[GemmConfig, ...]:
+    return tuple(GemmConfig(m, n, k, warps, stages, slices, **options) for m, n, k, warps, stages, slices in rows)
 
 
 # (block_m, block_n, block_k, num_warps, num_stages, slices); one row tile has one or more widths.
@@ -132,12 +135,12 @@ def _family(
     half: Sequence[tuple[int, ...]],
     narrow: Sequence[tuple[int, ...]],
     single: Sequence[tuple[int, ...]],
-    **options: Any,
+    **options: bool,
 ) -> dict[tuple[str, int], tuple[GemmConfig, ...]]:
     table = {}
     for kind in KINDS:
-        table[kind, 2] = _configs(*(narrow if kind == "down_bwd" else half), **options)
-        table[kind, 4] = _configs(*single)
+        table[kind, 2] = _configs(narrow if kind == "down_bwd" else half, **options)
+        table[kind, 4] = _configs(single)
     return table
 
 
@@ -150,7 +153,7 @@ CONFIGS: dict[str, dict[tuple[str, int], tuple[GemmConfig, ...]]] = {
 }
 """Candidates by family of targets, then by (kind, bytes of a value)."""
 
-_FAMILY_OF = {
+FAMILY_OF = {
     "sm_80": "ampere",
     "sm_86": "small",
     "sm_89": "small",
@@ -162,6 +165,7 @@ _FAMILY_OF = {
     "gfx950": "cdna",
     INTERPRETER.name: "interpreter",
 }
+"""Family in :data:`CONFIGS` of each target."""
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
@@ -176,13 +180,25 @@ def _mean_rows(bucket: int) -> float:
 
 def _candidates(kind: str, dtype: torch.dtype, target: Target) -> tuple[GemmConfig, ...]:
     size = _OPERAND_BYTES[dtype]
-    table = CONFIGS[_FAMILY_OF[target.name]][kind, size]
+    table = CONFIGS[FAMILY_OF[target.name]][kind, size]
     return tuple(config for config in table if fits(config, dtype, target))
 
 
 def fits(config: GemmConfig, dtype: torch.dtype, target: Target) -> bool:
     """Whether the shared memory of ``config`` is within what a block of ``target`` may use."""
     return config.shared_bytes(_OPERAND_BYTES[dtype]) <= target.shared_bytes
+
+
+def programs_at_once(config: GemmConfig, dtype: torch.dtype, target: Target) -> int:
+    """How many programs of ``config`` all compute units of ``target`` hold together, by shared memory and registers.
+
+    Registers are taken to be those of the product and 80 more per thread.
+    """
+    threads = config.num_warps * target.warp_size
+    registers = config.block_m * config.block_n // threads + 80
+    by_registers = _REGISTERS[target.backend] // (threads * registers)
+    by_shared = target.shared_bytes // config.shared_bytes(_OPERAND_BYTES[dtype])
+    return target.num_compute_units * max(1, min(by_registers, by_shared))
 
 
 @functools.cache
@@ -299,4 +315,4 @@ def tile_rows(request: Any) -> int:
     return row_tile(rows_bucket(request.num_rows, request.num_experts), request.dtype, target)
 
 
-assert set(_FAMILY_OF) == {*TARGETS, INTERPRETER.name}, "every target has a family of configurations"
+assert set(FAMILY_OF) == {*TARGETS, INTERPRETER.name}, "every target has a family of configurations"

@@ -26,9 +26,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sonic.kernels.triton import epilogues as ep
 from sonic.kernels.triton import loaders
-from sonic.kernels.triton.config import GemmConfig, choose, rows_bucket
+from sonic.kernels.triton.config import GemmConfig, programs_at_once, rows_bucket
 from sonic.kernels.triton.launch import current_target, launch
 from sonic.kernels.triton.mainloops import grouped_contraction_kernel, grouped_rows_kernel
+from sonic.kernels.triton.tuning import GemmKey, config_of
 
 __all__ = [
     "down_proj",
@@ -37,6 +38,7 @@ __all__ = [
     "up_proj",
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
+    "up_rows",
 ]
 
 _GATED = {
@@ -68,7 +70,7 @@ def up_proj(
     a_RN = x_TD.new_empty(num_rows, width_n)
     kind = "up_gated" if gated else "up_plain"
     halves = gated and glu_layout == "concatenated"
-    config = _config(kind, num_rows, num_experts, width_d, width_u, x_TD)
+    config = _config("up_proj", kind, num_rows, num_experts, width_d, width_u, x_TD)
     _launch_rows(
         "up_proj",
         config,
@@ -91,11 +93,12 @@ def down_proj(
     a_RN: Tensor, w2_EDN: Tensor, b2_ED: Tensor | None, row_scores_R: Tensor | None, expert_offset_E1: Tensor
 ) -> Tensor:
     """Y; see ``sonic.kernels.ops.down_proj``."""
-    y_RD = a_RN.new_empty(a_RN.shape[0], w2_EDN.shape[1])
+    num_experts, width_d, width_n = w2_EDN.shape
+    y_RD = a_RN.new_empty(a_RN.shape[0], width_d)
     args = (y_RD, _contiguous(b2_ED), _contiguous(row_scores_R))
     _launch_rows(
         "down_proj",
-        _config("rows", a_RN.shape[0], w2_EDN.shape[0], w2_EDN.shape[2], w2_EDN.shape[1], a_RN),
+        _config("down_proj", "rows", a_RN.shape[0], num_experts, width_n, width_d, a_RN),
         a_RN,
         None,
         expert_offset_E1,
@@ -104,7 +107,7 @@ def down_proj(
         None,
         args,
         ep.store_finished,
-        (w2_EDN.shape[1],),
+        (width_d,),
         rows_of_weight=True,
     )
     return y_RD
@@ -130,7 +133,7 @@ def down_proj_bwd_input(
     """
     num_experts, width_d, width_n = w2_EDN.shape
     num_rows, width_u = h_RU.shape
-    config = _config("down_bwd", num_rows, num_experts, width_d, width_n, dout_TD)
+    config = _config("down_proj_bwd_input", "down_bwd", num_rows, num_experts, width_d, width_n, dout_TD)
     program = ep.down_bwd_gated if activation in _GATED else ep.down_bwd_plain
     dh_RU = h_RU.new_empty(num_rows if need_dh else 0, width_u)
     scaled_a_RN = h_RU.new_empty(num_rows, width_n)
@@ -165,11 +168,11 @@ def down_proj_bwd_input(
 
 def up_proj_bwd_input(dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor) -> Tensor:
     """Rows of dX; see ``sonic.kernels.ops.up_proj_bwd_input``."""
-    width_d = w1_EUD.shape[2]
+    num_experts, width_u, width_d = w1_EUD.shape
     dx_RD = dh_RU.new_empty(dh_RU.shape[0], width_d)
     _launch_rows(
         "up_proj_bwd_input",
-        _config("rows", dh_RU.shape[0], *w1_EUD.shape, dh_RU),
+        _config("up_proj_bwd_input", "rows", dh_RU.shape[0], num_experts, width_u, width_d, dh_RU),
         dh_RU,
         None,
         expert_offset_E1,
@@ -233,6 +236,11 @@ def up_proj_bwd_weight(
     )
 
 
+def up_rows(intermediate_size: int, activation: str) -> int:
+    """U of N: gate and up rows, or one row per unit."""
+    return 2 * intermediate_size if activation in _GATED else intermediate_size
+
+
 def _activation(activation: str, glu_layout: str, width_n: int) -> tuple[Any, ...]:
     value, factor = _GATED[activation] if activation in _GATED else (_PLAIN[activation], ep.identity)
     return value, factor, width_n, glu_layout == "interleaved"
@@ -248,9 +256,11 @@ def _precision(tensor: Tensor) -> str:
     return "ieee"
 
 
-def _config(kind: str, num_rows: int, num_experts: int, width_k: int, width_n: int, like: Tensor) -> GemmConfig:
+def _config(
+    op: str, kind: str, num_rows: int, num_experts: int, width_k: int, width_n: int, like: Tensor
+) -> GemmConfig:
     bucket = rows_bucket(num_rows, num_experts)
-    return choose(kind, bucket, num_experts, width_k, width_n, like.dtype, current_target(like))
+    return config_of(GemmKey(op, kind, bucket, num_experts, width_k, width_n, like.dtype), current_target(like))
 
 
 def _launch_rows(
@@ -278,7 +288,8 @@ def _launch_rows(
     target = current_target(left)
     column_tiles = triton.cdiv(width_n, config.block_n)
     most_tiles = (triton.cdiv(num_rows, config.block_m) + num_experts) * column_tiles
-    programs = min(most_tiles, target.num_compute_units if config.persistent else _MAX_PROGRAMS)
+    at_once = programs_at_once(config, left.dtype, target) if config.persistent else _MAX_PROGRAMS
+    programs = min(most_tiles, at_once)
     load_weight = loaders.weight_of_rows if rows_of_weight else loaders.weight_of_columns
     operand: Any = weight
     if config.descriptors and target.has_descriptors and _describable(weight):
@@ -354,7 +365,7 @@ def _launch_contraction(
     bias = left.new_empty(num_experts if need_bias else 0, width_m)
     if not need_weight and not need_bias:
         return weight, bias
-    config = _config("contraction", num_rows, num_experts, width_m, width_n, left)
+    config = _config(label, "contraction", num_rows, num_experts, width_m, width_n, left)
     column_tiles = triton.cdiv(width_n, config.block_n) if need_weight else 1
     launch(
         grouped_contraction_kernel,

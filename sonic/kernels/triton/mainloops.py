@@ -2,9 +2,9 @@
 
 ``grouped_rows_kernel`` (variable M): out[r] = epilogue(left[source(r)] @ weight[e(r)]). Tiles of BLOCK_M rows never
 cross an expert, so every expert is padded to whole tiles in compute, not in memory. How many tiles there are only the
-device knows: a program walks the tiles ``id, id + programs, …``, so that the same kernel is persistent (as many programs
-as the chip holds at once) or not (as many as there can be tiles), by its grid alone. Within an expert tiles go in
-groups of GROUP_M row tiles by all columns, so that programs that run together share rows and weights in L2.
+device knows: a program walks the tiles ``id, id + programs, …``, so that the same kernel is persistent (as many
+programs as the chip holds at once) or not (as many as there can be tiles), by its grid alone. Within an expert tiles go
+in groups of GROUP_M row tiles by all columns, so that programs that run together share rows and weights in L2.
 
 Per tile: 2 BLOCK_M BLOCK_N K FLOP on (BLOCK_M + BLOCK_N) K operands from L2; 85 FLOP per byte for 16-bit 128 x 256,
 which is what decides between tiles (:mod:`sonic.kernels.triton.config`). Bound by tensor cores from a few hundred rows
