@@ -317,7 +317,7 @@ class _Experts(torch.autograd.Function):
                 need_db1,
                 need_db2,
                 need_dscores,
-                backend,
+                backend=backend,
             )
             grads: tuple[Tensor | None, ...] = (
                 dx_TD if need_dx else None,

@@ -158,8 +158,9 @@ def test_the_reference_is_usable_anywhere(device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cute", "triton"])
-def test_kernels_for_gpus_and_this_cpu(backend: str) -> None:
+def test_kernels_for_gpus_and_this_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If they cannot serve a CPU they say why, and insisting on one raises with just those reasons."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reasons = kernels.unusable_reasons(backend, "cpu")
     if not reasons:
         pytest.skip(f"{backend} serves CPU tensors here")
@@ -228,6 +229,20 @@ def test_the_environment_reaches_a_layer(add_backend: AddBackend, monkeypatch: p
         kernels.reset_counts()
         layer(x).sum().backward()
         assert {backend for _, backend in kernels.counts()} == {wanted}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_backend_that_serves_only_by_name(named: bool, add_backend: AddBackend) -> None:
+    add_backend(serves, reasons_unless_named=lambda request: ["only by name"])
+    told = kernels.explain("up_proj", **SIZES, backend="fast" if named else None)
+    assert told.backend == dispatch.select(UP_PROJ, "fast" if named else None) == ("fast" if named else "reference")
+    assert told.reasons["fast"] == ([] if named else ["only by name"])
+    assert kernels.unusable_reasons("fast", "cpu") == []
+
+
+def test_the_reasons_of_one_that_cannot_come_before_how_to_name_it(add_backend: AddBackend) -> None:
+    add_backend(refuses, reasons_unless_named=lambda request: ["only by name"])
+    assert kernels.explain("up_proj", **SIZES).reasons["fast"] == ["needs a full moon", "knows no up_proj"]
 
 
 def test_insisting_asks_no_other_backend(add_backend: AddBackend) -> None:

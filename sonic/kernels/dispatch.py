@@ -158,7 +158,7 @@ def unusable_reasons(backend: str, device_type: str, arch: int | None = None) ->
         ValueError: unknown backend.
     """
     check_choice("sonic.kernels.unusable_reasons", "backend", backend, _BACKENDS)
-    return _reasons(backend, Request("up_proj", device_type, arch, torch.bfloat16), is_insisted=False)
+    return _reasons(backend, Request("up_proj", device_type, arch, torch.bfloat16), is_insisted=True)
 
 
 def explain(
@@ -350,7 +350,10 @@ def _insisted(where: str, backend: str | None) -> tuple[str | None, str]:
 def _reasons(backend: str, request: Request, is_insisted: bool) -> list[str]:
     if not _is_shipped(backend):
         return [f"this version of sonic has no {backend} kernels"]
-    reasons: list[str] = _load(backend).unsupported_reasons(request, is_insisted)
+    module = _load(backend)
+    reasons: list[str] = module.unsupported_reasons(request)
+    if not is_insisted and not reasons and hasattr(module, "reasons_unless_named"):
+        reasons = module.reasons_unless_named(request)
     return reasons
 
 

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-def unsupported_reasons(request: object, is_insisted: bool = False) -> list[str]:
+def unsupported_reasons(request: object) -> list[str]:
     """Why this backend cannot serve ``request``: never, every op runs in plain torch."""
     return []
 
