@@ -162,10 +162,13 @@ def save(tuned: TunedConfigs, path: str | Path) -> None:
     """Write to ``path``, whole or not at all; entries that the file has for other keys stay.
 
     Raises:
-        ValueError: the file is there and cannot be used, see :func:`load`.
+        ValueError: the file is there and cannot be used, see :func:`load`, or is of another target.
     """
     path = Path(path)
     earlier = load(path) if path.exists() else TunedConfigs(tuned.target)
+    if earlier.target != tuned.target:
+        was = f"{str(path)!r}, measured on {earlier.target}"
+        raise argument_error("sonic.kernels.triton.tuning.save", "path", was, f"one measured on {tuned.target}")
     configs = {**earlier.configs, **tuned.configs}
     microseconds = {**earlier.microseconds, **tuned.microseconds}
     entries = {
@@ -197,12 +200,18 @@ def load(path: str | Path) -> TunedConfigs:
         raise argument_error(where, "path", f"{str(path)!r} ({error})", "a file that tuning has written") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise argument_error(where, "path", repr(str(path)), f"a file that tuning has written (format {_FORMAT})")
-    if content["triton"] != triton.__version__:
-        was = f"{str(path)!r}, measured with Triton {content['triton']}"
-        raise argument_error(where, "path", was, f"one measured with Triton {triton.__version__}: tune again")
-    tuned = TunedConfigs(content["target"], content["triton"])
     try:
-        for text, entry in content["configs"].items():
+        target, version, entries = content["target"], content["triton"], content["configs"]
+    except KeyError as error:
+        raise argument_error(
+            where, "path", f"{str(path)!r} without {error}", "a file that tuning has written"
+        ) from error
+    if version != triton.__version__:
+        was = f"{str(path)!r}, measured with Triton {version}"
+        raise argument_error(where, "path", was, f"one measured with Triton {triton.__version__}: tune again")
+    tuned = TunedConfigs(target, version)
+    try:
+        for text, entry in entries.items():
             key = GemmKey.parse(text)
             microseconds = entry.pop("microseconds")
             tuned.configs[key] = GemmConfig(**entry)
