@@ -61,6 +61,7 @@ PACKAGES = (
 _NAMES = ", ".join(kernels.backends())
 ENVIRONMENT = {
     "SONIC_BACKEND": f"insist on one backend ({_NAMES}) where code names none; not set: the fastest that fits",
+    "SONIC_TRITON_TUNED": "file of tile configurations that Triton kernels take; not set: a model chooses them",
 }
 
 # Largest relative error of a right answer. The doctor looks for kernels that are wrong on this machine; how exact they

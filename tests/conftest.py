@@ -21,7 +21,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Kernel tests: in these files every test runs with `poison_empty`.
-POISONED_FILES = re.compile(r"test_(ops|kernels|reference|triton|cute|functional|plan|token_rounding|simulator)\w*\.py")
+POISONED_FILES = re.compile(
+    r"test_(accumulation|cute|functional|kernels|ops|plan|reference|simulator|token_rounding|triton)\w*\.py"
+)
 
 # `pytest --hypothesis-profile=thorough` overrides the choice below.
 settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
