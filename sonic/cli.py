@@ -208,6 +208,8 @@ def _environment_fault(name: str) -> str | None:
     value = os.environ.get(name)
     if name == "SONIC_BACKEND" and value and value not in kernels.backends():
         return f"{value!r} is no backend, expected one of {', '.join(kernels.backends())}"
+    if name == "SONIC_TRITON_TUNED" and value and not os.path.isfile(value):
+        return f"{value!r} is no file, expected one that tuning has written"
     return None
 
 

@@ -179,6 +179,10 @@ def test_environment_is_told_and_a_fault_in_it_is_noticed(
     monkeypatch.setenv("SONIC_BACKEND", "fastest")
     assert cli.main(["doctor"]) == 1
     assert "'fastest' is no backend, expected one of cute, triton, reference" in capsys.readouterr().out
+    monkeypatch.setenv("SONIC_BACKEND", "reference")
+    monkeypatch.setenv("SONIC_TRITON_TUNED", "nowhere.json")
+    assert cli.main(["doctor"]) == 1
+    assert "'nowhere.json' is no file, expected one that tuning has written" in capsys.readouterr().out
 
 
 def test_doctor_leaves_the_random_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None:
