@@ -317,6 +317,7 @@ class _Experts(torch.autograd.Function):
                 need_db1,
                 need_db2,
                 need_dscores,
+                slot_of_row_R if ctx.top_k is not None else None,
                 backend=backend,
             )
             grads: tuple[Tensor | None, ...] = (

@@ -2,7 +2,7 @@
 
 Letters as in :mod:`sonic.shapes`; i bytes per value of a matrix, s bytes per score (4; 8 in float64), E' experts that
 at least one row reaches, G rows of a gathered operand that come from memory (below), R' rows with tile padding; in
-brackets what only a bias adds, in braces the bytes of routing data:
+brackets what only a bias adds, in braces the bytes of routing data; topk_softmax_bwd swaps reads and writes:
 
 ====================  ========  ==================================================  ===========================
 op                    FLOP      bytes read                                          bytes written
@@ -16,7 +16,6 @@ down_proj_bwd_weight  2 R D N   i (G D + R N) [+ s R] + {4 R + 4 (E + 1)}       
 up_proj_bwd_input     2 R' U D  i (R U + E' U D) + {4 (E + 1)}                      i R D
 up_proj_bwd_weight    2 R U D   i (G D + R U) + {4 R + 4 (E + 1)}                   i (E U D [+ E U])
 topk_softmax          0         s T E                                               2 s T K + {4 T K}
-topk_softmax_bwd      0         2 s T K + {4 T K}                                   s T E
 build_plan            0         {4 R} (8 R from pairs)                              {12 R + 4 (E + T + 2)}
 ====================  ========  ==================================================  ===========================
 
@@ -354,11 +353,6 @@ def _topk_softmax(layer: Layer) -> Cost:
     return Cost(0, layer.score_bytes * layer.num_tokens * layer.num_experts, written)
 
 
-def _topk_softmax_bwd(layer: Layer) -> Cost:
-    read = (2 * layer.score_bytes + 4) * layer.num_tokens * layer.top_k
-    return Cost(0, read, layer.score_bytes * layer.num_tokens * layer.num_experts)
-
-
 def _build_plan(layer: Layer) -> Cost:
     is_topk = layer.num_rows == layer.num_tokens * layer.top_k
     written = _offset_bytes(layer) + 12 * layer.num_rows + 4 * (layer.num_tokens + 1)
@@ -380,7 +374,7 @@ _COSTS: dict[str, Callable[[Layer], Cost]] = {
     "experts": lambda layer: _total(_pass_costs(layer, "forward")),
     "experts_bwd": lambda layer: _total(_pass_costs(layer, "backward")),
     "topk_softmax": _topk_softmax,
-    "topk_softmax_bwd": _topk_softmax_bwd,
+    "topk_softmax_bwd": lambda layer: Cost(0, _topk_softmax(layer).bytes_written, _topk_softmax(layer).bytes_read),
     "build_plan": _build_plan,
 }
 OPS = tuple(_COSTS)

@@ -73,7 +73,7 @@ def test_a_whole_backward_adds_both_and_changes_nothing_else(dtype: torch.dtype,
     plain = ops.experts_bwd(*given, *needs, backend=backend)
     sums = torch.randn(7, 40, 24), torch.randn(7, 24, 20)
     added = tuple(total.clone() for total in sums)
-    got = ops.experts_bwd(*given, *needs, *added, backend=backend)
+    got = ops.experts_bwd(*given, *needs, None, *added, backend=backend)
     for index, total, before in zip((1, 2), added, sums, strict=True):
         assert got[index].shape[0] == 0
         error = relative_error(total - before, plain[index])

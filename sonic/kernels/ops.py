@@ -26,9 +26,12 @@ from torch import Tensor
 from sonic.kernels import dispatch
 from sonic.kernels.checks import (
     SCORE_FUNCTIONS,
+    check_backend,
+    check_combine,
     check_groups,
     check_plan,
     check_row_count,
+    check_row_scores,
     check_topk,
     check_topk_bwd,
 )
@@ -194,14 +197,14 @@ def combine(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
+    check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
     request = dispatch.request_of("combine", y_RD, num_rows=y_RD.shape[0], hidden_size=y_RD.shape[1])
     return dispatch.run(request, backend, y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
 
 
 @combine.register_fake
 def _(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD=None, backend=None):
-    _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
+    check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD)
     return y_RD.new_empty(token_offset_T1.shape[0] - 1, y_RD.shape[1])
 
 
@@ -320,7 +323,7 @@ def down_proj_bwd_weight(
     _check_weight_bwd(
         "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
     )
-    _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
+    check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
     shape = (expert_offset_E1.shape[0] - 1, dout_TD.shape[1], scaled_a_RN.shape[1])
     _check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
     request = dispatch.request_of(
@@ -360,7 +363,7 @@ def _(
     _check_weight_bwd(
         "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
     )
-    _check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
+    check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
     shape = (expert_offset_E1.shape[0] - 1, dout_TD.shape[1], scaled_a_RN.shape[1])
     _check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
     experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
@@ -550,6 +553,7 @@ def experts_bwd(
     need_db1: bool = False,
     need_db2: bool = False,
     need_dscores: bool = True,
+    slot_of_row_R: Optional[Tensor] = None,
     main_grad_w1_EUD: Optional[Tensor] = None,
     main_grad_w2_EDN: Optional[Tensor] = None,
     backend: Optional[str] = None,
@@ -560,6 +564,7 @@ def experts_bwd(
         dout_TD: gradient of :func:`experts`' output.
         h_RU: what :func:`experts` returned; None: computed again from X, 2 R D U FLOP.
         need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores: which gradients to compute.
+        slot_of_row_R: int32, of a plan whose slots come token by token, K each: spares a sort. None: any plan.
         main_grad_w1_EUD, main_grad_w2_EDN: as in :func:`up_proj_bwd_weight` and :func:`down_proj_bwd_weight`.
         x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout,
             backend: as in :func:`experts`.
@@ -574,7 +579,7 @@ def experts_bwd(
     op = "experts_bwd"
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
     _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
-    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
+    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R)
     main_grads = (main_grad_w1_EUD, main_grad_w2_EDN)
     _check_main_grad(op, "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
     _check_main_grad(op, "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
@@ -613,7 +618,7 @@ def experts_bwd(
         dx_TD = up_proj_bwd_input(dh_RU, w1_EUD, expert_offset_E1, backend)
         del dh_RU
         if token_of_row_R is not None:
-            dx_TD = combine(dx_TD, None, *_rows_by_token(token_of_row_R, x_TD.shape[0]), None, backend)
+            dx_TD = combine(dx_TD, None, *_rows_by_token(token_of_row_R, slot_of_row_R, x_TD.shape[0]), None, backend)
     return dx_TD, dw1_EUD, dw2_EDN, db1_EU, db2_ED, dscores_R
 
 
@@ -637,13 +642,14 @@ def _(
     need_db1=False,
     need_db2=False,
     need_dscores=True,
+    slot_of_row_R=None,
     main_grad_w1_EUD=None,
     main_grad_w2_EDN=None,
     backend=None,
 ):
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
     _check_experts("experts_bwd", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
-    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R)
+    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R)
 
     _check_main_grad("experts_bwd", "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
     _check_main_grad("experts_bwd", "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
@@ -833,11 +839,16 @@ def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, backend=None):
     return index(num_experts + 1), index(slots), index(slots), index(slots), index(num_tokens + 1)
 
 
-def _rows_by_token(token_of_row_R, num_tokens):
-    """``row_by_token_R`` and ``token_offset_T1`` from ``token_of_row_R``, without a synchronisation."""
-    token_R, row_by_token_R = torch.sort(token_of_row_R, stable=True)
-    edges = torch.arange(num_tokens + 1, dtype=torch.int32, device=token_R.device)
-    return row_by_token_R.to(torch.int32), torch.searchsorted(token_R, edges, out_int32=True)
+def _rows_by_token(token_of_row_R, slot_of_row_R, num_tokens):
+    """``row_by_token_R`` and ``token_offset_T1`` of any plan, or from the slots of top-K; no synchronisation."""
+    edges = torch.arange(num_tokens + 1, dtype=torch.int32, device=token_of_row_R.device)
+    if slot_of_row_R is None:
+        token_R, row_by_token_R = torch.sort(token_of_row_R, stable=True)
+        return row_by_token_R.to(torch.int32), torch.searchsorted(token_R, edges, out_int32=True)
+    num_rows = slot_of_row_R.shape[0]
+    rows_R = torch.arange(num_rows, dtype=torch.int32, device=slot_of_row_R.device)
+    row_by_token_R = torch.empty_like(slot_of_row_R).scatter_(0, slot_of_row_R.long(), rows_R)
+    return row_by_token_R, edges * (num_rows // max(num_tokens, 1))
 
 
 def _rows(x_TD, token_of_row_R):
@@ -886,15 +897,6 @@ def _check_up(op, x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
     check_same(where, ("x_TD", x_TD), (("w1_EUD", w1_EUD), ("b1_EU", b1_EU)))
 
 
-def _check_row_scores(op, row_scores_R, like, num_rows):
-    if row_scores_R is None:
-        return
-    where = f"sonic.{op}"
-    check_shape(where, "row_scores_R", row_scores_R, R=num_rows)
-    check_dtype(where, "row_scores_R", row_scores_R, FLOAT_DTYPES)
-    check_same(where, ("rows", like), (("row_scores_R", row_scores_R),), dtype=False)
-
-
 def _check_down(op, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, num_rows):
     where = f"sonic.{op}"
     check_shape(where, "a_RN", a_RN, R=None, N=None)
@@ -908,7 +910,7 @@ def _check_down(op, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, num_row
         check_shape(where, "b2_ED", b2_ED, E=experts, D=w2_EDN.shape[1])
     check_same(where, ("a_RN", a_RN), (("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
     check_same(where, ("a_RN", a_RN), (("expert_offset_E1", expert_offset_E1),), dtype=False)
-    _check_row_scores(op, row_scores_R, a_RN, num_rows)
+    check_row_scores(op, row_scores_R, a_RN, num_rows)
 
 
 def _check_down_bwd(
@@ -926,7 +928,7 @@ def _check_down_bwd(
     if b2_ED is not None:
         check_shape(where, "b2_ED", b2_ED, E=experts, D=dout_TD.shape[1])
     check_same(where, ("dout_TD", dout_TD), (("h_RU", h_RU), ("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
-    _check_row_scores(op, row_scores_R, dout_TD, rows)
+    check_row_scores(op, row_scores_R, dout_TD, rows)
 
 
 def _check_experts(
@@ -941,15 +943,19 @@ def _check_experts(
     if b2_ED is not None:
         check_shape(where, "b2_ED", b2_ED, E=w1_EUD.shape[0], D=x_TD.shape[1])
     check_same(where, ("x_TD", x_TD), (("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
-    _check_row_scores(op, row_scores_R, x_TD, _rows(x_TD, token_of_row_R))
+    check_row_scores(op, row_scores_R, x_TD, _rows(x_TD, token_of_row_R))
 
 
-def _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R):
+def _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R):
     where = "sonic.experts_bwd"
     check_shape(where, "dout_TD", dout_TD, T=x_TD.shape[0], D=x_TD.shape[1])
     if h_RU is not None:
         check_shape(where, "h_RU", h_RU, R=_rows(x_TD, token_of_row_R), U=w1_EUD.shape[1])
     check_same(where, ("x_TD", x_TD), (("dout_TD", dout_TD), ("h_RU", h_RU)))
+    if slot_of_row_R is not None:
+        check_shape(where, "slot_of_row_R", slot_of_row_R, R=_rows(x_TD, token_of_row_R))
+        check_dtype(where, "slot_of_row_R", slot_of_row_R, _INT32)
+        check_same(where, ("x_TD", x_TD), (("slot_of_row_R", slot_of_row_R),), dtype=False)
 
 
 def _check_weight_bwd(op, gathered_name, gathered_TD, rows_name, rows_RN, token_of_row_R, expert_offset_E1):
@@ -975,33 +981,6 @@ def _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1):
     _check_rows("up_proj_bwd_input", "dh_RU", dh_RU, None, expert_offset_E1)
     check_shape(where, "w1_EUD", w1_EUD, E=expert_offset_E1.shape[0] - 1, U=dh_RU.shape[1], D=None)
     check_same(where, ("dh_RU", dh_RU), (("w1_EUD", w1_EUD),))
-
-
-def _check_combine(y_RD, row_scores_R, row_by_token_R, token_offset_T1, residual_TD):
-    where = "sonic.combine"
-    check_shape(where, "y_RD", y_RD, R=None, D=None)
-    check_dtype(where, "y_RD", y_RD, FLOAT_DTYPES)
-    check_row_count(where, "y_RD", y_RD)
-    check_shape(where, "row_by_token_R", row_by_token_R, R=y_RD.shape[0])
-    check_dtype(where, "row_by_token_R", row_by_token_R, _INT32)
-    check_shape(where, "token_offset_T1", token_offset_T1, T1=None)
-    check_dtype(where, "token_offset_T1", token_offset_T1, _INT32)
-    others = (("row_by_token_R", row_by_token_R), ("token_offset_T1", token_offset_T1))
-    check_same(where, ("y_RD", y_RD), others, dtype=False)
-    _check_row_scores("combine", row_scores_R, y_RD, y_RD.shape[0])
-    if residual_TD is not None:
-        check_shape(where, "residual_TD", residual_TD, T=token_offset_T1.shape[0] - 1, D=y_RD.shape[1])
-        check_same(where, ("y_RD", y_RD), (("residual_TD", residual_TD),))
-
-
-def check_backend(where: str, backend: str | None) -> None:
-    """Refuse a backend that does not exist.
-
-    Raises:
-        ValueError: listing the backends.
-    """
-    if backend is not None:
-        check_choice(where, "backend", backend, dispatch.backends())
 
 
 def tile_rows(tensor: Tensor, num_rows: int, num_experts: int, backend: str | None = None) -> int:

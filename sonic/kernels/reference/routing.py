@@ -32,12 +32,14 @@ def topk_softmax(
         chosen_TK, expert_TK = torch.topk(
             logits_TE, top_k, dim=-1
         )  # every score function keeps the order of the logits
+        top_T1 = chosen_TK[:, :1]
     else:
         preference_TE = _preferences(logits_TE, score_function, pre_softmax, expert_bias_E)
         if num_groups > 1:
             preference_TE = _only_best_groups(preference_TE, num_groups, group_topk, max(1, top_k // group_topk))
         expert_TK = torch.topk(preference_TE, top_k, dim=-1).indices
-        chosen_TK = logits_TE.gather(1, expert_TK)
+        chosen_TK, top_T1 = logits_TE.gather(1, expert_TK), logits_TE.amax(-1, keepdim=True)
+    chosen_TK = chosen_TK.masked_fill(~(top_T1 < torch.inf), torch.nan)  # a token with NaN or +inf has no scores
     if score_function != "softmax":
         prob_TK = torch.sigmoid(chosen_TK) if score_function == "sigmoid" else _sqrtsoftplus(chosen_TK)
         scores_TK = prob_TK / (prob_TK.sum(-1, keepdim=True) + 1e-20) if norm_topk_prob else prob_TK

@@ -19,7 +19,7 @@ import torch
 
 from sonic.kernels.triton.target import hip_arch, interprets
 
-__all__ = ["tile_rows", "unsupported_reasons"]
+__all__ = ["reasons_unless_named", "tile_rows", "unsupported_reasons"]
 
 _HOMES = {
     "build_plan": "plan",
@@ -45,21 +45,19 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def unsupported_reasons(request: Any, is_insisted: bool = False) -> list[str]:
-    """Why this backend cannot serve ``request``; empty: it can.
+def reasons_unless_named(request: Any) -> list[str]:
+    """Why this backend does not serve ``request`` unless it is asked for by name, although it can."""
+    return ["on a CPU Triton only interprets, for tests: ask for it by name"] if request.device_type == "cpu" else []
 
-    Args:
-        request: a :class:`sonic.kernels.dispatch.Request`.
-        is_insisted: this backend was asked for by name; only then a CPU is served, by Triton's interpreter.
-    """
+
+def unsupported_reasons(request: Any) -> list[str]:
+    """Why this backend cannot serve ``request``, a :class:`sonic.kernels.dispatch.Request`; empty: it can."""
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed (the extra 'triton')")
     if request.device_type == "cpu":
         if not interprets():
             reasons.append("needs a GPU; on a CPU only with TRITON_INTERPRET=1 from the start, for tests")
-        elif not is_insisted:
-            reasons.append("on a CPU Triton only interprets, for tests: ask for it by name")
         if request.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter multiplies bfloat16 wrongly; float16 and float32 it does right")
     elif request.device_type != "cuda":

@@ -8,6 +8,7 @@ Tensors may then be on the meta device: only their dtypes, shapes and alignment 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import compute_cache_key
 
 from sonic.kernels.triton.target import Target, interprets, target_of
 
@@ -29,14 +31,21 @@ class Compiled:
     Attributes:
         kernel: name of the kernel function.
         label: the op, as the host function names it.
-        binary: Triton's compiled kernel: ``asm``, ``metadata``.
-        key: of Triton's own cache; equal keys share one binary.
+        binary: Triton's compiled kernel: ``asm``, ``metadata``; None where launches are only keyed.
+        key: of Triton's own cache; launches of one kernel with equal keys share one binary.
+        constants: keyword arguments of the launch.
+        num_warps, num_stages: as the launch asked for.
+        seconds: that Triton took; next to nothing for what it had compiled before.
     """
 
     kernel: str
     label: str
     binary: Any
     key: str
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    seconds: float
 
 
 @dataclass
@@ -45,10 +54,12 @@ class Compilation:
 
     Attributes:
         target: compiled for.
+        keys_only: launches are keyed, not compiled.
         compiled: one entry per launch, in order.
     """
 
     target: Target
+    keys_only: bool = False
     compiled: list[Compiled] = field(default_factory=list)
 
 
@@ -72,8 +83,13 @@ class _AbsentDevice:
 
 
 @contextlib.contextmanager
-def compiling_for(target: Target) -> Iterator[Compilation]:
+def compiling_for(target: Target, keys_only: bool = False) -> Iterator[Compilation]:
     """Compile for ``target``, which need not be here, what would be launched inside; nothing runs.
+
+    Args:
+        target: any.
+        keys_only: stop at the key under which Triton would look for a compiled kernel: how many binaries a series of
+            launches needs is then known in no time.
 
     Raises:
         RuntimeError: Triton interprets (``TRITON_INTERPRET``), and so compiles nothing.
@@ -82,7 +98,7 @@ def compiling_for(target: Target) -> Iterator[Compilation]:
         raise RuntimeError("sonic: TRITON_INTERPRET is set, so Triton compiles nothing; unset it and start again")
     driver = triton.runtime.driver
     held = driver._active  # asking for `driver.active` would look for a device
-    compilation = Compilation(target)
+    compilation = Compilation(target, keys_only)
     token = _COMPILATION.set(compilation)
     driver.set_active(_AbsentDevice(target))
     try:
@@ -122,12 +138,25 @@ def launch(
     compilation = _COMPILATION.get()
     if compilation is not None:
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        binary = kernel.run(*args, grid=tuple(grid), warmup=True, **constants, **options)
-        binary = binary.result() if hasattr(binary, "result") else binary
-        compilation.compiled.append(Compiled(kernel.__name__, label, binary, binary.hash))
+        begin, binary = time.perf_counter(), None
+        if not compilation.keys_only:
+            binary = kernel.run(*args, grid=tuple(grid), warmup=True, **constants, **options)
+            binary = binary.result() if hasattr(binary, "result") else binary
+        seconds = time.perf_counter() - begin
+        key = _cache_key(kernel, *args, **constants, **options)
+        found = Compiled(kernel.__name__, label, binary, key, constants, num_warps, num_stages, seconds)
+        compilation.compiled.append(found)
         return
     with _on_device(args):
         kernel[tuple(grid)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def _cache_key(kernel: Any, *args: Any, **constants: Any) -> str:
+    """Triton's key of a launch, computed as ``JITFunction.run`` does: types, specialisations, constants, options."""
+    _, keys, _, _, bind = kernel.device_caches[triton.runtime.driver.active.get_current_device()]
+    _, specialization, options = bind(*args, **constants)
+    key: str = compute_cache_key(keys, specialization, options)
+    return key
 
 
 def _on_device(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:

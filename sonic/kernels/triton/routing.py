@@ -34,7 +34,7 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit
 def key_of(value):
     """Integers in the order of float32 values: equal for both zeros, the largest one for NaN, never ``_NONE``."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True) & -16
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(value != value, _NAN, key)
 
@@ -197,6 +197,11 @@ def topk_softmax_kernel(
 
     is_slot = is_token & (slot < TOP_K)
     chosen = tl.load(logits + token * NUM_EXPERTS + expert, mask=is_slot, other=-_INF).to(tl.float32)
+    if IS_BY_PROB or NUM_GROUPS > 1:
+        is_wrong = tl.max(tl.where(value < _INF, 0, 1), axis=1, keep_dims=True)
+    else:  # what is wrong was chosen first
+        is_wrong = tl.max(tl.where(chosen < _INF, 0, 1), axis=1, keep_dims=True)
+    chosen = tl.where(is_wrong == 1, float("nan"), chosen)
     if SCORE == "softmax":
         if not IS_OVER_ALL:
             top = tl.max(tl.where(chosen != chosen, -_INF, chosen), axis=1, keep_dims=True)
