@@ -171,6 +171,7 @@ def test_neighbours_in_float32_are_told_apart(E: int) -> None:
     logits_TE = torch.arange(E, dtype=torch.int32).mul(first.sign().int()[:, None])
     logits_TE = (first.view(torch.int32)[:, None] - logits_TE).view(torch.float32)
     logits_TE = torch.where(logits_TE.isfinite() & (logits_TE.sign() == first.sign()[:, None]), logits_TE, -torch.inf)
+    logits_TE = torch.cat((logits_TE, logits_TE.flip(1)))  # largest first, and last
     _, expert_TK, _ = topk(logits_TE, min(E, 3))
     assert torch.equal(expert_TK.long(), best_first(logits_TE, min(E, 3)))
 
@@ -506,6 +507,14 @@ def test_wrong_indices_are_refused_in_the_references_words(
     assert len(guarded) >= (1 if E > 2048 else 4)
     for array, size in guarded:
         assert (array[:64] == 77).all() and (array[64 + size :] == 77).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion ends a CUDA process")
+@pytest.mark.parametrize("token", [0, 1, 1022, 1023, 1024, 1098, 1099])
+def test_a_duplicate_is_found_at_any_row(token: int) -> None:
+    token_P = torch.cat((torch.arange(1100), torch.tensor([token])))
+    with pytest.raises(ValueError, match=rf"duplicate \(token {token} goes to expert 0 more than once\)"):
+        plan_of(torch.zeros_like(token_P), token_P, 1100, 1)
 
 
 def test_neighbours_with_the_same_token_are_no_duplicate() -> None:

@@ -34,7 +34,7 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit
 def key_of(value):
     """Integers in the order of float32 values: equal for both zeros, the largest one for NaN, never ``_NONE``."""
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True) & -16
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(value != value, _NAN, key)
 
@@ -56,11 +56,8 @@ def take_largest(key, place, AXIS: tl.constexpr):
 
 @triton.jit
 def row_softmax_parts(value):
-    """A finite shift per row, and the sum of ``exp(value - shift)``: a row with NaN or +inf gets a sum that is not
-    finite, one of -inf alone gets 0.
-    """
+    """The largest value of each row, and the sum of ``exp(value - largest)``: NaN with NaN or +inf, or all -inf."""
     top = tl.max(tl.where(value != value, -_INF, value), axis=1, keep_dims=True)
-    top = tl.where(tl.abs(top) == _INF, 0.0, top)
     return top, tl.sum(tl.exp(value - top), axis=1, keep_dims=True)
 
 
