@@ -4,7 +4,8 @@ A :class:`GemmConfig` is chosen from what the kernel is (its kind), the mean row
 the target: first the row tile, from rows per expert, dtype and target alone, so that all kernels of a layer and token
 rounding agree on it; then the rest. The model counts, for every candidate that fits the chip:
 
-* products: padded rows x widths x 2 FLOP, in whole waves of as many tiles as there are compute units,
+* products: padded rows x widths x 2 FLOP, in whole waves of as many tiles as there are compute units, each of which
+  costs :data:`_TILE_SECONDS` besides,
 * operands from L2: (BLOCK_M + BLOCK_N) x K values per tile, at :data:`_L2_OVER_MEMORY` times the memory's bandwidth,
 * memory: weights of the experts that have rows, rows in and out, once.
 
@@ -45,6 +46,7 @@ KINDS = ("up_gated", "up_plain", "rows", "down_bwd", "contraction")
 """Kinds of grouped GEMM: ``up_proj`` gated and plain; ``down_proj`` and ``up_proj_bwd_input``; ``down_proj_bwd_input``;
 the two ``_bwd_weight`` ops."""
 
+_TILE_SECONDS = 1e-6  # of each tile beside its steps: finding it, filling the stages, the epilogue
 _L2_OVER_MEMORY = 3.0  # bandwidth of L2 over that of memory, about what H100 and A100 show
 _REGISTERS = {"cuda": 65536, "hip": 131072, "": 65536}  # 32-bit, of one compute unit
 _OPERAND_BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
@@ -140,7 +142,7 @@ def _family(
     table = {}
     for kind in KINDS:
         table[kind, 2] = _configs(narrow if kind == "down_bwd" else half, **options)
-        table[kind, 4] = _configs(single)
+        table[kind, 4] = _configs(row for row in single if kind != "contraction" or row[0] <= 64)  # larger ones spill
     return table
 
 
@@ -205,15 +207,15 @@ def programs_at_once(config: GemmConfig, dtype: torch.dtype, target: Target) -> 
 def row_tile(bucket: int, dtype: torch.dtype, target: Target) -> int:
     """M for experts of this bucket of rows: the tile whose padded rows cost least.
 
-    A tile of M by 128 takes the longer of its products and of its (M + 128) operand values per step from L2, so a small
-    tile wastes bandwidth where a large one wastes rows.
+    A tile of M by 128 by 1,024 takes the longer of its products and of its operands from L2, and the time of any tile,
+    so many small ones waste bandwidth and time where a large one wastes rows.
     """
     mean = _mean_rows(bucket)
     tiles = sorted({config.block_m for config in _candidates("up_gated", dtype, target)}, reverse=True)
 
     def cost(tile: int) -> float:
         padded = max(float(tile), mean + (tile - 1) / 2)
-        return padded / tile * _tile_seconds(tile, 128, 1, dtype, target)
+        return padded / tile * _tile_seconds(tile, 128, 1024, dtype, target)
 
     return min(tiles, key=cost)
 
@@ -226,12 +228,12 @@ def _rates(dtype: torch.dtype, target: Target) -> tuple[float, float]:
 
 
 def _tile_seconds(block_m: int, block_n: int, width_k: int, dtype: torch.dtype, target: Target) -> float:
-    """Least time of one tile on one compute unit, all units being busy."""
+    """Time of one tile on one compute unit, all units being busy."""
     peak, bandwidth = _rates(dtype, target)
     units = CHIPS[target.chip].num_compute_units
     products = 2 * block_m * block_n * width_k / (peak / units)
     operands = (block_m + block_n) * width_k * _OPERAND_BYTES[dtype] / (_L2_OVER_MEMORY * bandwidth / units)
-    return max(products, operands)
+    return max(products, operands) + _TILE_SECONDS
 
 
 def estimate_seconds(

@@ -437,10 +437,15 @@ def replace_table(path: Path, text: str) -> None:
     if page.count(begin) != 1 or page.count(end) != 1 or end not in rest:
         where = "sonic.kernels.triton.cross.replace_table"
         raise argument_error(where, "path", f"{path}, without its markers", f"a page with the lines {begin} and {end}")
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(f"{head}{begin}\n{text}\n{end}{tail}")
-    os.chmod(file.name, path.stat().st_mode)
-    os.replace(file.name, path)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{head}{begin}\n{text}\n{end}{tail}")
+        os.chmod(part, path.stat().st_mode)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

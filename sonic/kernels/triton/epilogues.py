@@ -248,14 +248,14 @@ def sliced_with_dots(product, row_dots, expert, is_owned, row, is_row, first, ar
     """A program of slices that return row sums: ``down_proj_bwd_input``.
 
     The sums are this tile's part of dS, kept in a row of its own of (tiles, R); the first tile adds what the mainloop
-    summed. ``args`` end in that matrix, or None, and R.
+    summed. ``args`` end in that matrix, or None, and the stride of its rows.
     """
     part = _in_slices(product, expert, is_owned, row, is_row, first, args, OPTIONS, OPTIONS[1])
-    dscores, num_rows = args[4], args[5]
+    dscores, stride = args[4], args[5]
     if dscores is not None:
         part += tl.where(first == 0, row_dots, 0.0)
         tile = (first // product.shape[1]).to(tl.int64)
-        tl.store(dscores + tile * num_rows + row, tl.where(is_owned, part, 0.0), mask=is_row)
+        tl.store(dscores + tile * stride + row, tl.where(is_owned, part, 0.0), mask=is_row)
 
 
 @triton.jit
@@ -319,7 +319,7 @@ def down_bwd_gated(product, expert, is_owned, row, is_row, first, args, OPTIONS:
 
     Columns past the width add nothing to it: dA' is zero there, and A finite.
     """
-    h, scores, dh, scaled_a, dscores, num_rows = args
+    h, scores, dh, scaled_a, dscores, stride = args
     VALUE: tl.constexpr = OPTIONS[2]
     FACTOR: tl.constexpr = OPTIONS[3]
     N: tl.constexpr = OPTIONS[4]
@@ -342,7 +342,7 @@ def down_bwd_gated(product, expert, is_owned, row, is_row, first, args, OPTIONS:
 @triton.jit
 def down_bwd_plain(product, expert, is_owned, row, is_row, first, args, OPTIONS: tl.constexpr):
     """``down_proj_bwd_input``, plain: from dA' and H, A again, s A and dH; <dA', A> comes back."""
-    h, scores, dh, scaled_a, dscores, num_rows = args
+    h, scores, dh, scaled_a, dscores, stride = args
     VALUE: tl.constexpr = OPTIONS[2]
     N: tl.constexpr = OPTIONS[4]
     column = columns_of(first, product.shape[1])

@@ -49,6 +49,7 @@ _GATED = {
 }
 _PLAIN = {"gelu": ep.gelu, "relu": ep.relu, "relu2": ep.relu2, "silu": ep.silu}
 _MAX_PROGRAMS = 2**31 - 1
+_PART_ALIGNMENT = 16  # Triton compiles anew for integers in a tuple that are 1 or no multiple of 16
 
 
 def up_proj(
@@ -138,14 +139,15 @@ def down_proj_bwd_input(
     dh_RU = h_RU.new_empty(num_rows if need_dh else 0, width_u)
     scaled_a_RN = h_RU.new_empty(num_rows, width_n)
     num_parts = triton.cdiv(width_n, config.block_n) if need_dscores else 0
-    part_PR = h_RU.new_empty(num_parts, num_rows, dtype=torch.float32)
+    stride = _PART_ALIGNMENT * triton.cdiv(num_rows, _PART_ALIGNMENT)
+    part_PR = h_RU.new_empty(num_parts, stride, dtype=torch.float32)[:, :num_rows]
     args = (
         h_RU.contiguous(),
         _contiguous(row_scores_R),
         dh_RU if need_dh else None,
         scaled_a_RN,
         part_PR if need_dscores else None,
-        num_rows,
+        stride,
     )
     _launch_rows(
         "down_proj_bwd_input",
@@ -163,7 +165,7 @@ def down_proj_bwd_input(
     )
     if not need_dscores:
         return dh_RU, scaled_a_RN, part_PR.new_empty(0)
-    return dh_RU, scaled_a_RN, part_PR.view(-1) if num_parts == 1 else part_PR.sum(0)
+    return dh_RU, scaled_a_RN, part_PR[0] if num_parts == 1 else part_PR.sum(0)
 
 
 def up_proj_bwd_input(dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor) -> Tensor:
