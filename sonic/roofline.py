@@ -2,7 +2,8 @@
 
 Letters as in :mod:`sonic.shapes`; i bytes per value of a matrix, s bytes per score (4; 8 in float64), E' experts that
 at least one row reaches, G rows of a gathered operand that come from memory (below), R' rows with tile padding; in
-brackets what only a bias adds, in braces the bytes of routing data; topk_softmax_bwd swaps reads and writes:
+brackets what only a bias adds, in braces the bytes of routing data; topk_softmax_bwd swaps reads and writes;
+best_of_columns chooses R pairs, as expert choice does:
 
 ====================  ========  ==================================================  ===========================
 op                    FLOP      bytes read                                          bytes written
@@ -16,6 +17,7 @@ down_proj_bwd_weight  2 R D N   i (G D + R N) [+ s R] + {4 R + 4 (E + 1)}       
 up_proj_bwd_input     2 R' U D  i (R U + E' U D) + {4 (E + 1)}                      i R D
 up_proj_bwd_weight    2 R U D   i (G D + R U) + {4 R + 4 (E + 1)}                   i (E U D [+ E U])
 topk_softmax          0         s T E                                               2 s T K + {4 T K}
+best_of_columns       0         s T E                                               {16 R}
 build_plan            0         {4 R} (8 R from pairs)                              {12 R + 4 (E + T + 2)}
 ====================  ========  ==================================================  ===========================
 
@@ -307,9 +309,8 @@ def _down_proj(layer: Layer) -> Cost:
 
 
 def _combine(layer: Layer, scored: bool = True) -> Cost:
-    rows = layer.num_rows
     row_bytes = layer.value_bytes * layer.hidden_size + 4 + (layer.score_bytes if scored else 0)
-    read = rows * row_bytes + 4 * (layer.num_tokens + 1)
+    read = layer.num_rows * row_bytes + 4 * (layer.num_tokens + 1)
     return Cost(0, read, layer.value_bytes * layer.num_tokens * layer.hidden_size)
 
 
@@ -375,6 +376,7 @@ _COSTS: dict[str, Callable[[Layer], Cost]] = {
     "experts_bwd": lambda layer: _total(_pass_costs(layer, "backward")),
     "topk_softmax": _topk_softmax,
     "topk_softmax_bwd": lambda layer: Cost(0, _topk_softmax(layer).bytes_written, _topk_softmax(layer).bytes_read),
+    "best_of_columns": lambda layer: Cost(0, _topk_softmax(layer).bytes_read, 16 * layer.num_rows),
     "build_plan": _build_plan,
 }
 OPS = tuple(_COSTS)
@@ -383,9 +385,7 @@ _SINGLE_OPS = tuple(op for op in OPS if not op.startswith("experts"))
 
 def _pass_costs(layer: Layer, passes: str) -> list[tuple[str, Cost]]:
     """Each op that the experts run, in order, with its cost."""
-    costs = []
-    if passes != "backward":
-        costs += [(op, _COSTS[op](layer)) for op in ("up_proj", "down_proj", "combine")]
+    costs = [] if passes == "backward" else [(op, _COSTS[op](layer)) for op in ("up_proj", "down_proj", "combine")]
     if passes != "forward":
         if not layer.need_h:
             costs.append(("up_proj", _up_proj(layer, need_h=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import random
 import re
@@ -19,6 +20,8 @@ from torch import Tensor
 # Read when Triton is imported: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton.language")  # here, before a test takes the variable away for a while
 
 # Kernel tests: in these files every test runs with `poison_empty`.
 POISONED_FILES = re.compile(

@@ -240,6 +240,13 @@ def test_a_backend_that_serves_only_by_name(named: bool, add_backend: AddBackend
     assert kernels.unusable_reasons("fast", "cpu") == []
 
 
+def test_usable_is_what_serves_some_dtype(add_backend: AddBackend) -> None:
+    add_backend(lambda request: [] if request.dtype == torch.float16 else ["only float16"])
+    assert kernels.unusable_reasons("fast", "cpu") == []
+    add_backend(lambda request: [] if request.dtype == torch.float64 else [f"not {request.dtype}"])
+    assert kernels.unusable_reasons("fast", "cpu") == ["not torch.bfloat16"]
+
+
 def test_the_reasons_of_one_that_cannot_come_before_how_to_name_it(add_backend: AddBackend) -> None:
     add_backend(refuses, reasons_unless_named=lambda request: ["only by name"])
     assert kernels.explain("up_proj", **SIZES).reasons["fast"] == ["needs a full moon", "knows no up_proj"]

@@ -75,6 +75,10 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "topk_softmax-bias-groups": (logits, 2, "sqrtsoftplus", False, True, 2.5, torch.randn(3), 3, 2),
         "topk_softmax_bwd": (torch.randn_like(prob), chosen, prob, logits, 3),
         "topk_softmax_bwd-optional-none": (torch.randn_like(prob), chosen, prob, None, 3, "sigmoid", True, 2.5),
+        "best_of_columns": (logits, logits[:, 0].clone(), [2, 0, 3], token, offset, *maps),
+        "best_of_columns-optional-none": (logits, None, [6, 1, 0]),
+        "best_of_columns-groups": (logits, None, [1, 1, 1], token, offset, *maps, torch.rand(6, 3) < 0.9, "reference"),
+        "best_of_columns-nothing": (logits, None, [0, 0, 0]),
         "build_plan": (expert, pairs, 6, 3),
         "build_plan-optional-none": (expert.int(), None, 6, 3),
     }

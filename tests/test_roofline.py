@@ -401,6 +401,7 @@ def test_bytes_are_those_of_the_tensors_of_real_calls(
     logits = torch.randn(T, E, dtype=torch.promote_types(dtype, torch.float32))
     scores, expert, prob = call("topk_softmax", logits, K)
     call("topk_softmax_bwd", scores, expert, prob, None, E)
+    call("best_of_columns", logits, None, plan.tokens_per_expert().tolist())
     call("build_plan", expert.reshape(-1), None, T, E)
     assert set(calls) == {op for op in roofline.OPS if not op.startswith("experts")}
     for op, (args, results) in calls.items():

@@ -199,6 +199,7 @@ def test_columns_in_many_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = RoutingPlan.from_topk(logits.topk(3).indices, 16)
     whole = round_to_tiles(plan, logits, 8, rule="nearest_score")
     monkeypatch.setattr("sonic.routing.selection._SCRATCH_VALUES", {"cpu": 150})
+    monkeypatch.setattr("sonic.kernels.reference.selection._SCRATCH_VALUES", {"cpu": 150})
     pieces = round_to_tiles(plan, logits, 8, rule="nearest_score")
     for name in ("kept_row", "padded_token", "padded_expert"):
         assert torch.equal(getattr(whole, name), getattr(pieces, name)), name

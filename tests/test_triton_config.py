@@ -400,3 +400,15 @@ def test_choosing_needs_no_triton() -> None:
         [sys.executable, "-c", textwrap.dedent(WITHOUT_TRITON)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and done.stdout.split() == ["well"], done.stderr
+
+
+def test_a_variable_set_too_late_is_told() -> None:
+    """Triton's own functions were made to be compiled by then, and would fail inside of a kernel."""
+    script = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None); import torch, triton.language, sonic\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "try: sonic.MoE(16, 8, 4, 2, backend='triton')(torch.randn(3, 16))\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "needs a GPU; on a CPU only with TRITON_INTERPRET=1 from the start" in done.stdout

@@ -61,6 +61,7 @@ OPS = (
     "experts_bwd",
     "topk_softmax",
     "topk_softmax_bwd",
+    "best_of_columns",
     "build_plan",
 )
 _TOLD_THE_ACTIVATION = ("up_proj", "down_proj_bwd_input", "experts", "experts_bwd")
@@ -81,9 +82,9 @@ class Request:
         op: one of the op names, such as ``"up_proj"``.
         device_type: ``"cpu"``, ``"cuda"``, …
         arch: compute capability as an integer (90 for sm_90), ``None`` where there is none.
-        dtype: dtype of the matrices (of the logits for ``topk_softmax``, of the scores for its backward, of the
-            indices for ``build_plan``).
-        num_rows: R, routed rows (T * K for the routing ops).
+        dtype: dtype of the matrices (of the logits for ``topk_softmax`` and ``best_of_columns``, of the scores
+            for the backward of the first, of the indices for ``build_plan``).
+        num_rows: R, routed rows (T * K for the routing ops; P, the pairs that come out, for ``best_of_columns``).
         num_experts: E; 0 where the op has none.
         hidden_size: D; 0 where the op has none.
         intermediate_size: N; U for ``up_proj_bwd_*``, which are not told the activation; 0 where the op has none.
@@ -147,7 +148,7 @@ def check_float_dtype(where: str, argument: str, dtype: object) -> None:
 
 
 def unusable_reasons(backend: str, device_type: str, arch: int | None = None) -> list[str]:
-    """Why ``backend`` cannot be used on such a device, whatever the shapes; empty = it can.
+    """Why ``backend`` cannot be used on such a device, whatever the shapes and the dtype; empty = it can.
 
     Args:
         backend: a name in :func:`backends`.
@@ -158,7 +159,12 @@ def unusable_reasons(backend: str, device_type: str, arch: int | None = None) ->
         ValueError: unknown backend.
     """
     check_choice("sonic.kernels.unusable_reasons", "backend", backend, _BACKENDS)
-    return _reasons(backend, Request("up_proj", device_type, arch, torch.bfloat16), is_insisted=True)
+    reasons: list[str] = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # of those that serve none, the last one's reasons
+        reasons = _reasons(backend, Request("up_proj", device_type, arch, dtype), is_insisted=True)
+        if not reasons:
+            break
+    return reasons
 
 
 def explain(
@@ -327,7 +333,7 @@ def _imagine(
     request = functools.partial(Request, op, device_type, arch)
     if op == "combine":
         return request(dtype, num_rows, hidden_size=hidden_size)
-    if op in ("topk_softmax", "topk_softmax_bwd"):
+    if op in ("topk_softmax", "topk_softmax_bwd", "best_of_columns"):
         return request(torch.promote_types(dtype, torch.float32), num_rows, num_experts)
     if op == "build_plan":
         return request(torch.int32, num_rows, num_experts)

@@ -18,6 +18,7 @@ Source of the algorithm: SonicMoE (arXiv:2512.14080), section 3 and algorithms 2
 
 # Annotations stay evaluated here (no `from __future__ import annotations`): torch reads them to build each op's schema.
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
@@ -25,24 +26,30 @@ from torch import Tensor
 
 from sonic.kernels import dispatch
 from sonic.kernels.checks import (
+    GLU_LAYOUTS,
     SCORE_FUNCTIONS,
     check_backend,
+    check_best_of_columns,
     check_combine,
+    check_down,
+    check_down_bwd,
+    check_experts,
+    check_experts_bwd,
     check_groups,
+    check_main_grad,
     check_plan,
     check_row_count,
     check_row_scores,
+    check_rows,
     check_topk,
     check_topk_bwd,
+    check_up,
+    check_up_bwd,
+    check_weight_bwd,
+    is_gated,
+    row_count,
 )
 from sonic.kernels.dispatch import ACTIVATIONS, FLOAT_DTYPES, GATED_ACTIVATIONS, check_float_dtype
-from sonic.shapes import (
-    argument_error,
-    check_choice,
-    check_dtype,
-    check_same,
-    check_shape,
-)
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,6 +57,7 @@ __all__ = [
     "GATED_ACTIVATIONS",
     "GLU_LAYOUTS",
     "SCORE_FUNCTIONS",
+    "best_of_columns",
     "build_plan",
     "check_backend",
     "check_float_dtype",
@@ -69,15 +77,6 @@ __all__ = [
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
 ]
-
-GLU_LAYOUTS = ("concatenated", "interleaved")
-
-_INT32 = (torch.int32,)
-
-
-def is_gated(activation: str) -> bool:
-    """Whether the up projection of ``activation`` holds gate and up rows (U = 2N) or one row per unit (U = N)."""
-    return activation in GATED_ACTIVATIONS
 
 
 @torch.library.custom_op("sonic::up_proj", mutates_args=())
@@ -115,9 +114,11 @@ def up_proj(
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
-    _check_rows("up_proj", "x_TD", x_TD, token_of_row_R, expert_offset_E1)
-    _check_up("up_proj", x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
-    request = _request("up_proj", x_TD, w1_EUD, _rows(x_TD, token_of_row_R), x_TD.shape[1], w1_EUD.shape[1], activation)
+    check_rows("up_proj", "x_TD", x_TD, token_of_row_R, expert_offset_E1)
+    check_up("up_proj", x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
+    request = _request(
+        "up_proj", x_TD, w1_EUD, row_count(x_TD, token_of_row_R), x_TD.shape[1], w1_EUD.shape[1], activation
+    )
     return dispatch.run(
         request, backend, x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h
     )
@@ -125,9 +126,9 @@ def up_proj(
 
 @up_proj.register_fake
 def _(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h=True, backend=None):
-    _check_rows("up_proj", "x_TD", x_TD, token_of_row_R, expert_offset_E1)
-    _check_up("up_proj", x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
-    rows, width_u = _rows(x_TD, token_of_row_R), w1_EUD.shape[1]
+    check_rows("up_proj", "x_TD", x_TD, token_of_row_R, expert_offset_E1)
+    check_up("up_proj", x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
+    rows, width_u = row_count(x_TD, token_of_row_R), w1_EUD.shape[1]
     width_n = width_u // 2 if is_gated(activation) else width_u
     return x_TD.new_empty(rows if need_h else 0, width_u), x_TD.new_empty(rows, width_n)
 
@@ -159,14 +160,14 @@ def down_proj(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_down("down_proj", a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, a_RN.shape[0])
+    check_down("down_proj", a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, a_RN.shape[0])
     request = _request("down_proj", a_RN, w2_EDN, a_RN.shape[0], w2_EDN.shape[1], w2_EDN.shape[2])
     return dispatch.run(request, backend, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1)
 
 
 @down_proj.register_fake
 def _(a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, backend=None):
-    _check_down("down_proj", a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, a_RN.shape[0])
+    check_down("down_proj", a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, a_RN.shape[0])
     return a_RN.new_empty(a_RN.shape[0], w2_EDN.shape[1])
 
 
@@ -251,9 +252,7 @@ def down_proj_bwd_input(
     Raises:
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
-    _check_down_bwd(
-        dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout
-    )
+    check_down_bwd(dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout)
     request = _request(
         "down_proj_bwd_input", dout_TD, w2_EDN, h_RU.shape[0], w2_EDN.shape[1], w2_EDN.shape[2], activation
     )
@@ -276,9 +275,7 @@ def _(
     need_dscores=True,
     backend=None,
 ):
-    _check_down_bwd(
-        dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout
-    )
+    check_down_bwd(dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout)
     rows = h_RU.shape[0]
     return (
         h_RU.new_empty(rows if need_dh else 0, h_RU.shape[1]),
@@ -320,12 +317,12 @@ def down_proj_bwd_weight(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_weight_bwd(
+    check_weight_bwd(
         "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
     )
     check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
     shape = (expert_offset_E1.shape[0] - 1, dout_TD.shape[1], scaled_a_RN.shape[1])
-    _check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
+    check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
     request = dispatch.request_of(
         "down_proj_bwd_weight",
         dout_TD,
@@ -360,12 +357,12 @@ def _(
     main_grad_EDN=None,
     backend=None,
 ):
-    _check_weight_bwd(
+    check_weight_bwd(
         "down_proj_bwd_weight", "dout_TD", dout_TD, "scaled_a_RN", scaled_a_RN, token_of_row_R, expert_offset_E1
     )
     check_row_scores("down_proj_bwd_weight", row_scores_R, dout_TD, scaled_a_RN.shape[0])
     shape = (expert_offset_E1.shape[0] - 1, dout_TD.shape[1], scaled_a_RN.shape[1])
-    _check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
+    check_main_grad("down_proj_bwd_weight", "main_grad_EDN", main_grad_EDN, shape, dout_TD)
     experts, width_d = expert_offset_E1.shape[0] - 1, dout_TD.shape[1]
     return (
         dout_TD.new_empty(experts if need_weight and main_grad_EDN is None else 0, width_d, scaled_a_RN.shape[1]),
@@ -391,14 +388,14 @@ def up_proj_bwd_input(dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor, b
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1)
+    check_up_bwd(dh_RU, w1_EUD, expert_offset_E1)
     request = _request("up_proj_bwd_input", dh_RU, w1_EUD, dh_RU.shape[0], w1_EUD.shape[2], w1_EUD.shape[1])
     return dispatch.run(request, backend, dh_RU, w1_EUD, expert_offset_E1)
 
 
 @up_proj_bwd_input.register_fake
 def _(dh_RU, w1_EUD, expert_offset_E1, backend=None):
-    _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1)
+    check_up_bwd(dh_RU, w1_EUD, expert_offset_E1)
     return dh_RU.new_empty(dh_RU.shape[0], w1_EUD.shape[2])
 
 
@@ -433,9 +430,9 @@ def up_proj_bwd_weight(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; no backend can serve.
     """
-    _check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
+    check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
     shape = (expert_offset_E1.shape[0] - 1, dh_RU.shape[1], x_TD.shape[1])
-    _check_main_grad("up_proj_bwd_weight", "main_grad_EUD", main_grad_EUD, shape, x_TD)
+    check_main_grad("up_proj_bwd_weight", "main_grad_EUD", main_grad_EUD, shape, x_TD)
     request = dispatch.request_of(
         "up_proj_bwd_weight",
         x_TD,
@@ -452,9 +449,9 @@ def up_proj_bwd_weight(
 def _(
     dh_RU, x_TD, token_of_row_R, expert_offset_E1, need_weight=True, need_bias=False, main_grad_EUD=None, backend=None
 ):
-    _check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
+    check_weight_bwd("up_proj_bwd_weight", "x_TD", x_TD, "dh_RU", dh_RU, token_of_row_R, expert_offset_E1)
     shape = (expert_offset_E1.shape[0] - 1, dh_RU.shape[1], x_TD.shape[1])
-    _check_main_grad("up_proj_bwd_weight", "main_grad_EUD", main_grad_EUD, shape, x_TD)
+    check_main_grad("up_proj_bwd_weight", "main_grad_EUD", main_grad_EUD, shape, x_TD)
     experts, width_u = expert_offset_E1.shape[0] - 1, dh_RU.shape[1]
     return (
         x_TD.new_empty(experts if need_weight and main_grad_EUD is None else 0, width_u, x_TD.shape[1]),
@@ -498,8 +495,10 @@ def experts(
         ValueError: shapes, dtypes, devices or names do not fit; no backend can serve.
     """
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
-    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
-    request = _request("experts", x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
+    check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    request = _request(
+        "experts", x_TD, w2_EDN, row_count(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation
+    )
     if dispatch.has_kernel(request, backend):
         return dispatch.run(request, backend, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names, need_h)
     h_RU, a_RN = up_proj(x_TD, w1_EUD, b1_EU, token_of_row_R, expert_offset_E1, activation, glu_layout, need_h, backend)
@@ -528,8 +527,8 @@ def _(
     backend=None,
 ):
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
-    _check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
-    num_rows = _rows(x_TD, token_of_row_R)
+    check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    num_rows = row_count(x_TD, token_of_row_R)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(num_rows if need_h else 0, w1_EUD.shape[1])
 
 
@@ -578,12 +577,12 @@ def experts_bwd(
     """
     op = "experts_bwd"
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
-    _check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
-    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R)
+    check_experts(op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R)
     main_grads = (main_grad_w1_EUD, main_grad_w2_EDN)
-    _check_main_grad(op, "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
-    _check_main_grad(op, "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
-    request = _request(op, x_TD, w2_EDN, _rows(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
+    check_main_grad(op, "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
+    check_main_grad(op, "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
+    request = _request(op, x_TD, w2_EDN, row_count(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation)
     if dispatch.has_kernel(request, backend):
         tensors = (dout_TD, x_TD, h_RU, w1_EUD, w2_EDN, b1_EU, b2_ED)
         gradients = (need_dx, need_dw1, need_dw2, need_db1, need_db2, need_dscores)
@@ -648,16 +647,16 @@ def _(
     backend=None,
 ):
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
-    _check_experts("experts_bwd", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
-    _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R)
+    check_experts("experts_bwd", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R)
 
-    _check_main_grad("experts_bwd", "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
-    _check_main_grad("experts_bwd", "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
+    check_main_grad("experts_bwd", "main_grad_w1_EUD", main_grad_w1_EUD, w1_EUD.shape, x_TD)
+    check_main_grad("experts_bwd", "main_grad_w2_EDN", main_grad_w2_EDN, w2_EDN.shape, x_TD)
 
     def gradient(needed, like):
         return like.new_empty(like.shape[0] if needed else 0, *like.shape[1:])
 
-    num_rows, num_experts = _rows(x_TD, token_of_row_R), w1_EUD.shape[0]
+    num_rows, num_experts = row_count(x_TD, token_of_row_R), w1_EUD.shape[0]
     return (
         gradient(need_dx, x_TD),
         gradient(need_dw1 and main_grad_w1_EUD is None, w1_EUD),
@@ -795,6 +794,66 @@ def _(
     return prob_TK.new_empty(prob_TK.shape[0], num_experts)
 
 
+@torch.library.custom_op("sonic::best_of_columns", mutates_args=())
+def best_of_columns(
+    logits_TE: Tensor,
+    shift_T: Optional[Tensor],
+    num_wanted: Sequence[int],
+    token_of_row_R: Optional[Tensor] = None,
+    expert_offset_E1: Optional[Tensor] = None,
+    row_by_token_R: Optional[Tensor] = None,
+    token_offset_T1: Optional[Tensor] = None,
+    allowed_TG: Optional[Tensor] = None,
+    backend: Optional[str] = None,
+) -> tuple[Tensor, Tensor]:
+    """For each expert the tokens with the highest ``logits - shift`` in its column, rounded to the logits' dtype.
+
+    Pairs of a plan are no candidates, nor are tokens outside an expert's group: they count as -inf, so that they come
+    last, and only where fewer candidates than wanted are left. Among equal values the lowest token comes first.
+
+    Args:
+        logits_TE: any floating dtype, no NaN.
+        shift_T: subtracted from each token's row, dtype of the logits. None: 0.
+        num_wanted: per expert how many tokens, 0 to T.
+        token_of_row_R, expert_offset_E1, row_by_token_R, token_offset_T1: int32, of a plan whose pairs are no
+            candidates; all four or none.
+        allowed_TG: bool; experts are G equal runs, and a token is a candidate of those runs only. None: of all.
+        backend: insist on a backend.
+
+    Returns:
+        token_P, expert_P: int64, P the sum of ``num_wanted``; expert by expert, best token first.
+
+    Cost: reads T E values, writes 16 P bytes. No table of T E entries is made.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or counts do not fit; no backend can serve.
+    """
+    plan = (token_of_row_R, expert_offset_E1, row_by_token_R, token_offset_T1)
+    check_best_of_columns(logits_TE, shift_T, num_wanted, plan, allowed_TG)
+    request = dispatch.request_of(
+        "best_of_columns", logits_TE, num_rows=sum(num_wanted), num_experts=logits_TE.shape[1]
+    )
+    return dispatch.run(request, backend, logits_TE, shift_T, num_wanted, *plan, allowed_TG)
+
+
+@best_of_columns.register_fake
+def _(
+    logits_TE,
+    shift_T,
+    num_wanted,
+    token_of_row_R=None,
+    expert_offset_E1=None,
+    row_by_token_R=None,
+    token_offset_T1=None,
+    allowed_TG=None,
+    backend=None,
+):
+    plan = (token_of_row_R, expert_offset_E1, row_by_token_R, token_offset_T1)
+    check_best_of_columns(logits_TE, shift_T, num_wanted, plan, allowed_TG)
+    token_P = logits_TE.new_empty(sum(num_wanted), dtype=torch.int64)
+    return token_P, torch.empty_like(token_P)
+
+
 @torch.library.custom_op("sonic::build_plan", mutates_args=())
 def build_plan(
     expert_of_slot_P: Tensor,
@@ -851,10 +910,6 @@ def _rows_by_token(token_of_row_R, slot_of_row_R, num_tokens):
     return row_by_token_R, edges * (num_rows // max(num_tokens, 1))
 
 
-def _rows(x_TD, token_of_row_R):
-    return x_TD.shape[0] if token_of_row_R is None else token_of_row_R.shape[0]
-
-
 def _request(op, tensor, weight, num_rows, hidden_size, intermediate_size, activation=None):
     if activation is not None and op == "up_proj" and is_gated(activation):
         intermediate_size = intermediate_size // 2
@@ -867,120 +922,6 @@ def _request(op, tensor, weight, num_rows, hidden_size, intermediate_size, activ
         intermediate_size=intermediate_size,
         activation=activation,
     )
-
-
-def _check_rows(op, name, x_TD, token_of_row_R, expert_offset_E1):
-    where = f"sonic.{op}"
-    check_shape(where, name, x_TD, T=None, D=None)
-    check_dtype(where, name, x_TD, FLOAT_DTYPES)
-    check_row_count(where, name, x_TD)
-    check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
-    check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
-    if token_of_row_R is not None:
-        check_shape(where, "token_of_row_R", token_of_row_R, R=None)
-        check_dtype(where, "token_of_row_R", token_of_row_R, _INT32)
-        check_row_count(where, "token_of_row_R", token_of_row_R)
-    others = (("expert_offset_E1", expert_offset_E1), ("token_of_row_R", token_of_row_R))
-    check_same(where, (name, x_TD), others, dtype=False)
-
-
-def _check_up(op, x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout):
-    where = f"sonic.{op}"
-    experts = expert_offset_E1.shape[0] - 1
-    check_choice(where, "activation", activation, ACTIVATIONS)
-    check_choice(where, "glu_layout", glu_layout, GLU_LAYOUTS)
-    check_shape(where, "w1_EUD", w1_EUD, E=experts, U=None, D=x_TD.shape[1])
-    if is_gated(activation) and w1_EUD.shape[1] % 2:
-        raise argument_error(where, "w1_EUD", tuple(w1_EUD.shape), f"an even U, since {activation} is gated")
-    if b1_EU is not None:
-        check_shape(where, "b1_EU", b1_EU, E=experts, U=w1_EUD.shape[1])
-    check_same(where, ("x_TD", x_TD), (("w1_EUD", w1_EUD), ("b1_EU", b1_EU)))
-
-
-def _check_down(op, a_RN, w2_EDN, b2_ED, row_scores_R, expert_offset_E1, num_rows):
-    where = f"sonic.{op}"
-    check_shape(where, "a_RN", a_RN, R=None, N=None)
-    check_dtype(where, "a_RN", a_RN, FLOAT_DTYPES)
-    check_row_count(where, "a_RN", a_RN)
-    check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
-    check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
-    experts = expert_offset_E1.shape[0] - 1
-    check_shape(where, "w2_EDN", w2_EDN, E=experts, D=None, N=a_RN.shape[1])
-    if b2_ED is not None:
-        check_shape(where, "b2_ED", b2_ED, E=experts, D=w2_EDN.shape[1])
-    check_same(where, ("a_RN", a_RN), (("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
-    check_same(where, ("a_RN", a_RN), (("expert_offset_E1", expert_offset_E1),), dtype=False)
-    check_row_scores(op, row_scores_R, a_RN, num_rows)
-
-
-def _check_down_bwd(
-    dout_TD, h_RU, w2_EDN, b2_ED, row_scores_R, token_of_row_R, expert_offset_E1, activation, glu_layout
-):
-    op = "down_proj_bwd_input"
-    where = f"sonic.{op}"
-    _check_rows(op, "dout_TD", dout_TD, token_of_row_R, expert_offset_E1)
-    check_choice(where, "activation", activation, ACTIVATIONS)
-    check_choice(where, "glu_layout", glu_layout, GLU_LAYOUTS)
-    rows, experts = _rows(dout_TD, token_of_row_R), expert_offset_E1.shape[0] - 1
-    check_shape(where, "w2_EDN", w2_EDN, E=experts, D=dout_TD.shape[1], N=None)
-    width_n = w2_EDN.shape[2]
-    check_shape(where, "h_RU", h_RU, R=rows, U=2 * width_n if is_gated(activation) else width_n)
-    if b2_ED is not None:
-        check_shape(where, "b2_ED", b2_ED, E=experts, D=dout_TD.shape[1])
-    check_same(where, ("dout_TD", dout_TD), (("h_RU", h_RU), ("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
-    check_row_scores(op, row_scores_R, dout_TD, rows)
-
-
-def _check_experts(
-    op, x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, row_scores_R, expert_offset_E1, token_of_row_R, activation, glu_layout
-):
-    where = f"sonic.{op}"
-    _check_rows(op, "x_TD", x_TD, token_of_row_R, expert_offset_E1)
-    _check_up(op, x_TD, w1_EUD, b1_EU, expert_offset_E1, activation, glu_layout)
-    width_u = w1_EUD.shape[1]
-    width_n = width_u // 2 if is_gated(activation) else width_u
-    check_shape(where, "w2_EDN", w2_EDN, E=w1_EUD.shape[0], D=x_TD.shape[1], N=width_n)
-    if b2_ED is not None:
-        check_shape(where, "b2_ED", b2_ED, E=w1_EUD.shape[0], D=x_TD.shape[1])
-    check_same(where, ("x_TD", x_TD), (("w2_EDN", w2_EDN), ("b2_ED", b2_ED)))
-    check_row_scores(op, row_scores_R, x_TD, _rows(x_TD, token_of_row_R))
-
-
-def _check_experts_bwd(dout_TD, x_TD, h_RU, w1_EUD, token_of_row_R, slot_of_row_R):
-    where = "sonic.experts_bwd"
-    check_shape(where, "dout_TD", dout_TD, T=x_TD.shape[0], D=x_TD.shape[1])
-    if h_RU is not None:
-        check_shape(where, "h_RU", h_RU, R=_rows(x_TD, token_of_row_R), U=w1_EUD.shape[1])
-    check_same(where, ("x_TD", x_TD), (("dout_TD", dout_TD), ("h_RU", h_RU)))
-    if slot_of_row_R is not None:
-        check_shape(where, "slot_of_row_R", slot_of_row_R, R=_rows(x_TD, token_of_row_R))
-        check_dtype(where, "slot_of_row_R", slot_of_row_R, _INT32)
-        check_same(where, ("x_TD", x_TD), (("slot_of_row_R", slot_of_row_R),), dtype=False)
-
-
-def _check_weight_bwd(op, gathered_name, gathered_TD, rows_name, rows_RN, token_of_row_R, expert_offset_E1):
-    where = f"sonic.{op}"
-    _check_rows(op, gathered_name, gathered_TD, token_of_row_R, expert_offset_E1)
-    check_shape(where, rows_name, rows_RN, R=_rows(gathered_TD, token_of_row_R), N=None)
-    check_same(where, (gathered_name, gathered_TD), ((rows_name, rows_RN),))
-
-
-def _check_main_grad(op, name, main_grad, shape, like):
-    if main_grad is None:
-        return
-    where = f"sonic.{op}"
-    check_shape(where, name, main_grad, **dict(zip(name[-3:], shape, strict=True)))
-    check_dtype(where, name, main_grad, (torch.float32,))
-    check_same(where, ("rows", like), ((name, main_grad),), dtype=False)
-    if not main_grad.is_contiguous():
-        raise argument_error(where, name, f"of strides {main_grad.stride()}", "a contiguous tensor: it is added to")
-
-
-def _check_up_bwd(dh_RU, w1_EUD, expert_offset_E1):
-    where = "sonic.up_proj_bwd_input"
-    _check_rows("up_proj_bwd_input", "dh_RU", dh_RU, None, expert_offset_E1)
-    check_shape(where, "w1_EUD", w1_EUD, E=expert_offset_E1.shape[0] - 1, U=dh_RU.shape[1], D=None)
-    check_same(where, ("dh_RU", dh_RU), (("w1_EUD", w1_EUD),))
 
 
 def tile_rows(tensor: Tensor, num_rows: int, num_experts: int, backend: str | None = None) -> int:

@@ -78,11 +78,13 @@ class CapacityDropping(RouterWrapper):
         surplus = [max(count - capacity, 0) for count in counts]
         if not any(surplus):
             return routing
-        score_R = routing.scores.detach().reshape(-1)[plan.slot_of_row_R.long()]
-        # Rows of an expert ascend by token, so the highest row is the last token.
-        value_R = score_R if self.policy == "score" else -torch.arange(plan.num_rows, device=plan.device).double()
-        is_kept_R = torch.ones(plan.num_rows, dtype=torch.bool, device=plan.device)
-        is_kept_R[lowest_rows(plan, counts, value_R, surplus)] = False
+        if self.policy == "score":
+            score_R = routing.scores.detach().reshape(-1)[plan.slot_of_row_R.long()]
+            is_kept_R = torch.ones(plan.num_rows, dtype=torch.bool, device=plan.device)
+            is_kept_R[lowest_rows(plan, counts, score_R, surplus, backend=self.backend)] = False
+        else:  # rows of an expert ascend by token
+            first_R = plan.expert_offset_E1.long()[expert_of_row(plan)]
+            is_kept_R = torch.arange(plan.num_rows, device=plan.device) - first_R < capacity
         kept_row = is_kept_R.nonzero()[:, 0]
         token_P, expert_P = plan.token_of_row_R[kept_row].long(), expert_of_row(plan)[kept_row]
         kept_plan = RoutingPlan.from_pairs(token_P, expert_P, plan.num_tokens, plan.num_experts, backend=self.backend)

@@ -103,7 +103,7 @@ class ExpertChoiceRouter(TopKRouter):
             raise argument_error(where, "logits", "NaN or infinite somewhere", "finite, for tokens are ranked by them")
         capacity = min(num_tokens, capacity_of(self.capacity_factor, num_tokens * self.top_k, num_experts))
         shift_T = torch.logsumexp(logits_TE, dim=-1) if self.score_function == "softmax" else None
-        token_P, expert_P = best_tokens(logits_TE, shift_T, [capacity] * num_experts)
+        token_P, expert_P = best_tokens(logits_TE, shift_T, [capacity] * num_experts, backend=self.backend)
         plan = RoutingPlan.from_pairs(token_P, expert_P, num_tokens, num_experts, backend=self.backend)
         scores_P = self.pair_scores(x_TD, routing.logits, token_P, expert_P)
         # Among the pairs that top-K wanted too: those whose expert is in the token's list.

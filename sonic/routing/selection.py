@@ -1,8 +1,7 @@
 """Best and worst of an expert's column, without sorting the column: what rounding, capacity and expert choice share.
 
-A few experts at a time, their columns are laid out as rows in a scratch of at most :data:`_SCRATCH_VALUES`, and only as
-many entries are selected from each as are wanted. Time is about one pass over the columns that are looked at; memory
-is the scratch.
+The selection itself is an op, :func:`sonic.kernels.ops.best_of_columns`. For the lowest rows, those of a few experts at
+a time are laid out as the columns of a scratch of at most :data:`_SCRATCH_VALUES`, negated.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sonic.kernels import ops
 from sonic.routing.plan import RoutingPlan
 
 __all__ = ["best_tokens", "capacity_of", "expert_of_row", "lowest_rows"]
@@ -28,8 +28,9 @@ def best_tokens(
     *,
     plan: RoutingPlan | None = None,
     allowed_TG: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For each expert the tokens with the highest ``logits - shift`` in its column.
+    """For each expert the tokens with the highest ``logits - shift`` in its column, lowest token first among equals.
 
     Args:
         logits_TE: finite.
@@ -37,41 +38,34 @@ def best_tokens(
         num_wanted: how many tokens, per expert; no more than its column has candidates.
         plan: pairs in this plan are no candidates.
         allowed_TG: bool; a token is a candidate of the experts of these groups only.
+        backend: insist on a backend.
 
     Returns:
         (token, expert) of the pairs, (P,) int64 each, expert by expert, best first.
     """
-    num_tokens, num_experts = logits_TE.shape
-    experts = [expert for expert in range(num_experts) if num_wanted[expert]]
-    tokens, owners = [], []
-    for chunk in _chunks(experts, num_tokens, logits_TE.device):
-        index_C = torch.tensor(chunk, device=logits_TE.device)
-        value_CT = logits_TE.t().index_select(0, index_C)
-        if shift_T is not None:
-            value_CT -= shift_T
-        if plan is not None:
-            row_C, place_R, row_R = _rows_of(plan, chunk)
-            value_CT.view(-1)[row_C * num_tokens + plan.token_of_row_R[row_R].long()] = -torch.inf
-        if allowed_TG is not None:
-            group_C = index_C // (num_experts // allowed_TG.shape[1])
-            value_CT.masked_fill_(~allowed_TG.t()[group_C], -torch.inf)
-        row_P, place_P = _largest(value_CT, [num_wanted[expert] for expert in chunk])
-        tokens.append(place_P)
-        owners.append(index_C[row_P])
-    if not tokens:
-        nothing = torch.empty(0, dtype=torch.int64, device=logits_TE.device)
-        return nothing, nothing.clone()
-    return torch.cat(tokens), torch.cat(owners)
+    maps: tuple[Tensor | None, ...] = (None,) * 4
+    if plan is not None:
+        maps = (plan.token_of_row_R, plan.expert_offset_E1, plan.row_by_token_R, plan.token_offset_T1)
+    pairs: tuple[Tensor, Tensor] = ops.best_of_columns(logits_TE, shift_T, num_wanted, *maps, allowed_TG, backend)
+    return pairs
 
 
-def lowest_rows(plan: RoutingPlan, counts: Sequence[int], value_R: Tensor, num_wanted: Sequence[int]) -> Tensor:
-    """For each expert its rows with the lowest values.
+def lowest_rows(
+    plan: RoutingPlan,
+    counts: Sequence[int],
+    value_R: Tensor,
+    num_wanted: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """For each expert its rows with the lowest values, lowest row first among equals.
 
     Args:
         plan: who goes where.
         counts: rows per expert.
         value_R: (R,) finite.
         num_wanted: how many rows, per expert; at most its count.
+        backend: insist on a backend.
 
     Returns:
         Indices of the rows: (P,) int64, expert by expert, lowest first.
@@ -85,7 +79,8 @@ def lowest_rows(plan: RoutingPlan, counts: Sequence[int], value_R: Tensor, num_w
         # Negated, so that the largest are the lowest rows; what is no row is never among them.
         value_CF = value_R.new_full((len(chunk), width), -torch.inf)
         value_CF[row_C, place_R] = -value_R[row_R]
-        row_P, place_P = _largest(value_CF, [num_wanted[expert] for expert in chunk])
+        wanted = [num_wanted[expert] for expert in chunk]
+        place_P, row_P = ops.best_of_columns(value_CF.t(), None, wanted, backend=backend)
         start_C = plan.expert_offset_E1[torch.tensor(chunk, device=value_R.device)].long()
         found.append(start_C[row_P] + place_P)
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=value_R.device)
@@ -116,12 +111,3 @@ def _rows_of(plan: RoutingPlan, experts: Sequence[int]) -> tuple[Tensor, Tensor,
     row_C = torch.arange(len(experts), device=plan.device).repeat_interleave(count_C)
     place_R = torch.arange(row_C.shape[0], device=plan.device) - (count_C.cumsum(0) - count_C)[row_C]
     return row_C, place_R, start_C[row_C] + place_R
-
-
-def _largest(value_CF: Tensor, num_wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(row, column) of the ``num_wanted`` largest entries of each row, row by row, largest first."""
-    most = max(num_wanted)
-    place_Cm = value_CF.topk(most, dim=1).indices
-    wanted_C1 = torch.tensor(num_wanted, device=value_CF.device)[:, None]
-    is_wanted_Cm = torch.arange(most, device=value_CF.device) < wanted_C1
-    return is_wanted_Cm.nonzero()[:, 0], place_Cm[is_wanted_Cm]

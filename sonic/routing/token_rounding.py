@@ -173,7 +173,7 @@ def round_to_tiles(
     check_group(where, "group", group)
     if plan.num_experts % num_groups:
         raise argument_error(where, "num_groups", num_groups, f"a divisor of num_experts = {plan.num_experts}")
-    return _round(where, plan, logits, tile_rows, rule, score_function, num_groups, generator, group)
+    return _round(where, plan, logits, tile_rows, rule, score_function, num_groups, generator, group, None)
 
 
 class TokenRounding(RouterWrapper):
@@ -250,7 +250,7 @@ class TokenRounding(RouterWrapper):
         if tile_rows == 1 or (plan.num_tokens == 0 and self.group is None):
             return routing
         logits_TE, options = routing.logits.detach(), (self.score_function, self.num_groups, self.generator, self.group)
-        rounded = _round(where, plan, logits_TE, tile_rows, self.rule, *options)
+        rounded = _round(where, plan, logits_TE, tile_rows, self.rule, *options, self.backend)
         self._warn_of_few_tokens(plan, tile_rows)
         kept_token, kept_expert = plan.token_of_row_R[rounded.kept_row], expert_of_row(plan)[rounded.kept_row]
         token_P = torch.cat((kept_token.long(), rounded.padded_token))
@@ -302,6 +302,7 @@ def _round(
     num_groups: int,
     generator: torch.Generator | None,
     group: Group,
+    backend: str | None,
 ) -> RoundedPairs:
     """:func:`round_to_tiles`, with arguments that are known to fit."""
     shift_T = torch.logsumexp(logits_TE, dim=-1) if score_function == "softmax" else None
@@ -315,9 +316,10 @@ def _round(
     # "nearest_score" looks at both directions before it decides; the other rules know theirs from the counts.
     by_score = rule == "nearest_score"
     if_down, if_up = (moves_of("down"), moves_of("up")) if by_score else (moves_of(rule),) * 2
-    dropped_row = lowest_rows(plan, moves_of.counts, value_R, [max(-move, 0) for move in if_down])
+    num_dropped, num_padded = [max(-move, 0) for move in if_down], [max(move, 0) for move in if_up]
+    dropped_row = lowest_rows(plan, moves_of.counts, value_R, num_dropped, backend=backend)
     padded_token, padded_expert = best_tokens(
-        logits_TE, shift_T, [max(move, 0) for move in if_up], plan=plan, allowed_TG=allowed_TG
+        logits_TE, shift_T, num_padded, plan=plan, allowed_TG=allowed_TG, backend=backend
     )
     if by_score:
         dropped_expert = expert_of_row(plan)[dropped_row]

@@ -17,9 +17,11 @@ from sonic.kernels.reference.grouped_gemm import (
     up_proj_bwd_weight,
 )
 from sonic.kernels.reference.routing import build_plan, topk_softmax, topk_softmax_bwd
+from sonic.kernels.reference.selection import best_of_columns
 from sonic.kernels.reference.whole_pass import experts, experts_bwd
 
 __all__ = [
+    "best_of_columns",
     "build_plan",
     "combine",
     "down_proj",

@@ -5,7 +5,7 @@ Asking whether this backend can serve imports no Triton; the first call of an op
 * ``launch``: one way to start a kernel, or to compile it for a target that is not here
 * ``target``, ``config``: chips and tile configurations as data, and the model that chooses among them
 * ``loaders``, ``mainloops``, ``epilogues``: device functions, each one step of a grouped GEMM
-* ``grouped_gemm``, ``gather_sum``, ``routing``, ``plan``: the ops of :mod:`sonic.kernels.ops`, host side
+* ``grouped_gemm``, ``gather_sum``, ``routing``, ``selection``, ``plan``: the ops of :mod:`sonic.kernels.ops`, host side
 * ``cross``: what the compiler makes of every kernel, for chips that are not here
 """
 
@@ -22,6 +22,7 @@ from sonic.kernels.triton.target import hip_arch, interprets
 __all__ = ["reasons_unless_named", "tile_rows", "unsupported_reasons"]
 
 _HOMES = {
+    "best_of_columns": "selection",
     "build_plan": "plan",
     "combine": "gather_sum",
     "down_proj": "grouped_gemm",
@@ -33,7 +34,7 @@ _HOMES = {
     "up_proj_bwd_input": "grouped_gemm",
     "up_proj_bwd_weight": "grouped_gemm",
 }
-_ROUTING_OPS = ("build_plan", "topk_softmax", "topk_softmax_bwd")
+_ROUTING_OPS = ("best_of_columns", "build_plan", "topk_softmax", "topk_softmax_bwd")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_ARCH = 80
 
@@ -66,7 +67,7 @@ def unsupported_reasons(request: Any) -> list[str]:
         reasons.append(f"needs compute capability {_MIN_ARCH // 10}.0 (Ampere) or newer, this is sm_{request.arch}")
     if request.op not in _ROUTING_OPS and request.dtype not in _DTYPES:
         reasons.append(f"has no kernels for {str(request.dtype).removeprefix('torch.')}")
-    if request.op in ("topk_softmax", "topk_softmax_bwd") and request.dtype == torch.float64:
+    if request.op in _ROUTING_OPS and request.op != "build_plan" and request.dtype == torch.float64:
         reasons.append("has no kernels for float64")
     return reasons
 

@@ -58,6 +58,7 @@ OPS = (
     "topk_softmax",
     "topk_softmax_bwd",
     "build_plan",
+    "best_of_columns",
 )
 """What is compiled: the ops of a training step in the forms in which it calls them, and ``up_proj`` of inference."""
 
@@ -236,6 +237,9 @@ def _calls(
         ),
         "topk_softmax_bwd": lambda: backend.topk_softmax_bwd(prob, choice, prob, None, experts, "softmax", False, 1.0),
         "build_plan": lambda: backend.build_plan(choice.view(-1), None, tokens, experts),
+        "best_of_columns": lambda: backend.best_of_columns(
+            single(tokens, experts), single(tokens), [1] * experts, None, None, None, None, None
+        ),
     }
 
 
@@ -249,7 +253,7 @@ def resources_of(
     dtype: torch.dtype = torch.bfloat16,
     ops: Sequence[str] = OPS,
 ) -> list[Resources]:
-    """What every kernel of the chosen ops takes on a target that need not be here.
+    """What every kernel of the chosen ops takes on a target that need not be here, each binary of an op once.
 
     Args:
         target_name, sizes, activation, glu_layout, bias, dtype, ops: as in :func:`compilations`.
@@ -261,7 +265,9 @@ def resources_of(
     found = compilations(
         target_name, sizes, activation=activation, glu_layout=glu_layout, bias=bias, dtype=dtype, ops=ops
     )
-    return [_resources(op, compiled, TARGETS[target_name], dtype) for op, compiled in found]
+    once = {(op, compiled.key): compiled for op, compiled in reversed(found)}  # a kernel may be launched many times
+    target = TARGETS[target_name]
+    return [_resources(op, compiled, target, dtype) for (op, _), compiled in reversed(once.items())]
 
 
 def variants(

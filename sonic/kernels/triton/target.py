@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,10 +71,13 @@ INTERPRETER = Target("interpreter", "", "cpu", 32, 227 * _KIB, 2, "H100", has_de
 
 
 def interprets() -> bool:
-    """Whether Triton interprets kernels instead of compiling them: its variable ``TRITON_INTERPRET``, read by Triton
-    when it is imported and each time that a kernel is defined.
+    """Whether Triton interprets kernels instead of compiling them: its variable ``TRITON_INTERPRET``, which has to be
+    set before Triton is imported, since that is when its own functions are made the one way or the other.
     """
-    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on")
+    if os.environ.get("TRITON_INTERPRET", "") not in ("1", "true", "True", "on"):
+        return False
+    standard = sys.modules.get("triton.language.standard")
+    return standard is None or type(standard.sum).__name__ == "InterpretedFunction"
 
 
 def hip_arch(arch: int) -> str | None:
