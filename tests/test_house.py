@@ -116,7 +116,7 @@ ROOMS = (
     Room("kernels/reference/", ("sonic.shapes",), ("numpy",), may_use_nn=False),
     Room("kernels/triton/", ("sonic.shapes", "sonic.roofline"), ("triton",), may_use_nn=False),
     Room("kernels/cute/", ("sonic.shapes",), ("cutlass", "cuda"), may_use_nn=False),
-    Room("simulator/", (), ("numpy", "cutlass")),
+    Room("simulator/", (), ("numpy", "cutlass"), ("matplotlib",)),
     Room("routing/", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops")),
     Room("functional.py", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops", "sonic.routing.plan")),
     Room("parallel/", ("sonic.shapes", "sonic.autograd", "sonic.functional")),
@@ -746,7 +746,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     assert inside == {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "sonic").rglob("*")
-        if path.suffix in (".py", ".json", ".typed")
+        if path.suffix in (".c", ".json", ".py", ".typed")
     }
 
 

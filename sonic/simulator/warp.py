@@ -1,0 +1,268 @@
+"""A warp: its groups of lanes, how they run, part and meet, and what generated code asks it for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .checks import learn
+from .errors import BarrierFault, MemoryFault, SimulatorError
+from .instructions_control import Group
+from .instructions_copies import BulkGroups, ThreadCopies
+from .instructions_wgmma import Warpgroup
+from .mbarrier import MBarrier
+from .memory import Fault
+from .trace import Wait
+
+SHARED_START = 1024  # what lies below belongs to the system
+QUANTUM = 3000  # runs of a warp before another one gets its turn
+LANES = np.arange(32, dtype=np.uint32)
+
+
+class Warp:
+    """32 threads of a block."""
+
+    def __init__(self, cta: Any, index: int, num_threads: int) -> None:
+        engine = cta.engine
+        self.engine = engine
+        self.cta = cta
+        self.index = index
+        self.live = (1 << num_threads) - 1
+        self.groups = [Group(0, engine.program.template.copy(), self.live)]
+        self.queued = False
+        self.urgency = engine.random.random()
+        self.last_stretch: Any = None
+        self.cluster_phase: int | None = None
+        self.bulk: dict[int, BulkGroups] = {}
+        self.copies = ThreadCopies()
+        self.team: Warpgroup = cta.team(index // 4)
+        self.products_issued = 0
+        self.products_waited = 0
+        self.product_groups: list[int] = []
+        self.products_fenced = False
+        self.dirty: dict[tuple[int, ...], int] = {}
+        self.fragments: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self.turn = 0
+        self.made: list[MBarrier] = []
+        clocks = cta.cluster.clocks
+        self.clock: Any = None
+        self.component = -1
+        if clocks.is_on:
+            self.component = clocks.component(("warp", cta.rank, index), f"warp {index} of block {cta.index}")
+            self.clock = clocks.new()
+            self.clock[self.component] = 1
+        self.waiting_since: tuple[int, str] | None = None
+        linear = LANES + np.uint32(32 * index)
+        x, y, _ = engine.config.block
+        self.specials: dict[str, Any] = {
+            **cta.specials,
+            "tid.x": linear % np.uint32(x),
+            "tid.y": linear // np.uint32(x) % np.uint32(y),
+            "tid.z": linear // np.uint32(x * y),
+            "laneid": LANES,
+            "warpid": index,
+            "lanemask_eq": np.uint32(1) << LANES,
+            "lanemask_lt": (np.uint32(1) << LANES) - np.uint32(1),
+            "lanemask_le": (np.uint32(2) << LANES) - np.uint32(1),
+            "lanemask_ge": ~((np.uint32(1) << LANES) - np.uint32(1)),
+            "lanemask_gt": ~((np.uint32(2) << LANES) - np.uint32(1)),
+        }
+
+    # -------------------------------------------------------------- used by generated code
+
+    def fault(self, kind: type[SimulatorError], pc: int, text: str) -> SimulatorError:
+        """An error with the place where it happened."""
+        where = self.engine.program.kernel.instructions[pc].where()
+        return kind(f"sonic.simulator: block {self.cta.index}, warp {self.index}: {text}, at {where}")
+
+    def read_uninitialised(self, pc: int, text: str) -> None:
+        """Shared memory is read that was never written: an error, or a warning."""
+        if self.engine.options.uninitialised == "error":
+            raise self.fault(MemoryFault, pc, text)
+        where = self.engine.program.kernel.instructions[pc].where()
+        self.engine.trace.warn(f"shared memory is read that was never written, at {where}")
+
+    def place(self, address: int, pc: int, num_bytes: int, align: int) -> tuple[Any, int]:
+        """Block and offset of a shared address."""
+        rank, offset = address >> 24, address & 0xFFFFFF
+        cluster = self.cta.cluster
+        if rank >= cluster.num_ctas:
+            raise self.fault(MemoryFault, pc, f"shared address 0x{address:x} is in no block of the cluster")
+        cta = cluster.ctas[rank]
+        if offset % align:
+            raise self.fault(MemoryFault, pc, f"shared offset {offset} is not a multiple of {align}")
+        if offset < SHARED_START:
+            raise self.fault(MemoryFault, pc, f"shared offset {offset} belongs to the system")
+        try:
+            cta.shared.check_range(offset, num_bytes)
+        except Fault as fault:
+            raise self.fault(MemoryFault, pc, str(fault)) from None
+        if cta.finished:
+            raise self.fault(MemoryFault, pc, f"shared memory of block {cta.index}, which has ended")
+        return cta, offset
+
+    def barrier(self, address: int, pc: int) -> MBarrier:
+        """The initialised mbarrier at a shared address."""
+        cta, offset = self.place(address, pc, 8, 8)
+        found = cta.mbarriers.get(offset)
+        if found is None:
+            raise self.fault(BarrierFault, pc, f"no mbarrier was initialised at shared offset {offset}")
+        if cta is not self.cta and not found.is_public:
+            text = "uses an mbarrier of another block before that has executed fence.mbarrier_init"
+            raise self.fault(BarrierFault, pc, text)
+        return found
+
+    def tell(self, clock: Any) -> None:
+        """Hand what this warp knows, and did so far, to a barrier."""
+        if clock is not None:
+            learn(clock, self.clock)
+            self.clock[self.component] += 1
+
+    def note_remote(self, barrier: MBarrier) -> None:
+        """This warp arrives at a barrier, maybe of another block, which must not end before it knows of that."""
+        if self.clock is not None and barrier.rank != self.cta.rank:
+            self.cta.cluster.ctas[barrier.rank].remote[self.component] = self.clock.item(self.component)
+
+    def hear(self, clock: Any) -> None:
+        """Take what a barrier's arrivals brought."""
+        if clock is not None:
+            learn(self.clock, clock)
+
+    def counter(self, what: str, detail: int = 0) -> int:
+        """Component of something that this warp counts, such as its groups of bulk stores."""
+        name = f"{what} of warp {self.index} of block {self.cta.index}"
+        return self.cta.cluster.clocks.component((what, self.cta.rank, self.index, detail), name)
+
+    def bulk_of(self, g: Group) -> BulkGroups:
+        """Bulk stores of the thread that speaks for a group."""
+        lane = (g.bits & -g.bits).bit_length() - 1
+        found = self.bulk.get(lane)
+        if found is None:
+            found = self.bulk[lane] = BulkGroups(lane)
+        return found
+
+    def exit(self, g: Group) -> None:
+        """End the threads of a group."""
+        self.live &= ~g.bits
+        self.groups.remove(g)
+        for group in self.groups:
+            if group.blocked == "meet":
+                group.blocked = None
+        if not self.groups:
+            self.cta.warp_ended(self)
+
+    def wake(self, g: Group) -> None:
+        """A group may go on."""
+        g.blocked = None
+        g.waits_on = None
+        if self.waiting_since is not None:
+            start, what = self.waiting_since
+            self.waiting_since = None
+            self.engine.trace.timeline.append(
+                Wait(self.cta.index, self.index, what, start, self.engine.trace.instructions)
+            )
+        if not self.queued:
+            self.queued = True
+            self.engine.ready.append(self)
+
+    # -------------------------------------------------------------- running
+
+    def run(self) -> None:
+        """Run until all groups wait or have ended, or the turn is over."""
+        quantum = QUANTUM
+        engine = self.engine
+        trace = engine.trace
+        while self.groups:
+            program = engine.program
+            if len(self.groups) > 1:
+                quantum -= 1
+                if quantum <= 0:
+                    engine.turn_is_over(self)
+                    return
+                if not self.step_group():
+                    return
+                continue
+            g = self.groups[0]
+            if g.blocked is not None:
+                if g.blocked != "meet":
+                    return
+                g.blocked = None
+            code, length, pc = program.coarse, program.coarse_length, g.pc
+            steps = 0
+            while True:
+                function = code[pc]
+                if function is None:  # lanes joined where only runs of part of a warp begin
+                    function = program.fine_function(pc)
+                    steps += program.fine_length[pc]
+                else:
+                    steps += length[pc]
+                pc = function(self, g)
+                if pc < 0:
+                    break
+                quantum -= 1
+                if quantum <= 0:
+                    g.pc = pc
+                    trace.instructions += steps
+                    engine.turn_is_over(self)
+                    return
+            trace.instructions += steps
+
+    def step_group(self) -> bool:
+        """Let one of several groups do one run; false if none can."""
+        self.merge()
+        runnable = [group for group in self.groups if group.blocked is None]
+        if len(self.groups) == 1:
+            return True
+        if not runnable:
+            return False
+        self.turn += 1
+        # Now and then another than the last in order, so that one that spins cannot keep the others from running.
+        g = runnable[self.turn // 64 % len(runnable)] if self.turn % 64 == 0 else min(runnable, key=_place)
+        program = self.engine.program
+        function = program.fine_function(g.pc)
+        self.engine.trace.instructions += program.fine_length[g.pc]
+        pc = function(self, g)
+        if pc >= 0:
+            g.pc = pc
+        return True
+
+    def merge(self) -> None:
+        """Join groups that are at the same place."""
+        by_place: dict[int, Group] = {}
+        for group in list(self.groups):
+            other = by_place.get(group.pc)
+            if other is None:
+                by_place[group.pc] = group
+                continue
+            self.join(other, group)
+            self.groups.remove(group)
+
+    def join(self, a: Group, b: Group) -> None:
+        """Add the lanes of ``b`` to ``a``."""
+        engine = self.engine
+        while True:
+            program = engine.program
+            uniform, mine, theirs = program.uniform, a.R, b.R
+            differing = []
+            joined = []
+            for index in program.live_list(a.pc):
+                x, y = mine[index], theirs[index]
+                if x is y:
+                    continue
+                if not uniform[index]:
+                    joined.append((index, np.where(b.mask, y, x)))
+                elif x != y:
+                    differing.append(index)
+            if not differing:
+                break
+            engine.demote(differing, b)
+        for index, value in joined:
+            mine[index] = value
+        a.set_bits(a.bits | b.bits)
+        a.blocked = None
+        a.waits_on = None
+
+
+def _place(group: Group) -> int:
+    return group.pc
