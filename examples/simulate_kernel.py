@@ -3,11 +3,12 @@
     python -m examples.simulate_kernel                        run it, compare with torch, count its bytes
     python -m examples.simulate_kernel --size 200 136 328     of other sizes: M, N, K; K a multiple of 8
     python -m examples.simulate_kernel --bug missing-wait     plant a bug, and see what the simulator says about it
+    python -m examples.simulate_kernel --timeline t.png       draw as well which warp waited for what, and when
 
 The kernel computes C = A B^T with what makes Hopper fast: TMA loads, a ring of slots in shared memory with two barriers
 each, one warp that loads and four that multiply with wgmma. ``docs/simulator.md`` walks through a report.
 
-It needs nvidia-cutlass-dsl and a C compiler, no GPU.
+It needs nvidia-cutlass-dsl and a C compiler, for ``--timeline`` also matplotlib, no GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if __package__ in (None, ""):  # run as a file, python examples/simulate_kernel.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sonic.simulator import SimulatorError, Trace, hopper, tensor
+from sonic.simulator.timeline import draw_timeline
 from sonic.simulator.version import check_version
 
 try:
@@ -209,10 +211,16 @@ def integers(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def simulate(
-    compiled: Callable[..., None], a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, schedule: str, seed: int = 0
+    compiled: Callable[..., None],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    schedule: str,
+    seed: int = 0,
+    **options: Any,
 ) -> Trace:
-    """Run the kernel once; see `sonic.simulator.hopper` for what the schedule decides."""
-    with hopper(schedule, seed) as simulation:
+    """Run the kernel once; see `sonic.simulator.hopper` for what the schedule decides, and for further options."""
+    with hopper(schedule, seed, **options) as simulation:
         compiled(*device_tensors(a, b, c))
     return simulation.traces[0]
 
@@ -229,8 +237,8 @@ def ideal_bytes(m: int, n: int, k: int) -> dict[str, int]:
 # ---------------------------------------------------------------- the command
 
 
-def show_counts(m: int, n: int, k: int) -> int:
-    """Run the kernel as it should be; return an exit status."""
+def show_counts(m: int, n: int, k: int, timeline: str | None = None) -> int:
+    """Run the kernel as it should be, and draw the waits of one tile if asked to; return an exit status."""
     print(f"C ({m} x {n}) = A ({m} x {k}) B^T ({k} x {n}), small integers, in tiles of {TILE_M} x {TILE_N}\n")
     compiled = compile_gemm()
     for schedule, seed in SCHEDULES:
@@ -247,6 +255,11 @@ def show_counts(m: int, n: int, k: int) -> int:
     once = {"A": 2 * m * k, "B": 2 * n * k, "C": 4 * m * n}
     for name, num_bytes in ideal_bytes(m, n, k).items():
         print(f"{name:6}  {counted[name]:13,}  {num_bytes:13,}  {once[name]:14,}")
+    if timeline is not None:
+        # A block alone, where nothing arrives before all warps have to wait: so every wait for data shows.
+        a, b, c, _ = integers(min(m, TILE_M), min(n, TILE_N), k)
+        draw_timeline(simulate(compiled, a, b, c, "lazy", timeline=True), timeline)
+        print(f"\nwrote {timeline}: the waits of one tile of C under the lazy schedule")
     return 0
 
 
@@ -273,12 +286,15 @@ def main(arguments: list[str] | None = None) -> int | str:
     parser = argparse.ArgumentParser(prog="examples.simulate_kernel", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--size", type=int, nargs=3, metavar=("M", "N", "K"), help="sizes; K is a multiple of 8")
     parser.add_argument("--bug", choices=sorted(BUGS), help="plant a bug and show the reports")
+    parser.add_argument("--timeline", metavar="PATH", help="draw the waits of one tile of C as a PNG")
     options = parser.parse_args(arguments)
+    if options.bug and options.timeline:
+        parser.error("--timeline draws the kernel as it should be: not with --bug")
     torch.manual_seed(0)
     try:
         if options.bug:
             return show_bug(options.bug, *options.size or (TILE_M, TILE_N, 512))
-        return show_counts(*options.size or (192, 256, 512))
+        return show_counts(*options.size or (192, 256, 512), timeline=options.timeline)
     except (SimulatorError, ValueError) as error:
         return str(error)
 

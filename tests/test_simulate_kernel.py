@@ -13,6 +13,7 @@ pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
 
 from examples import simulate_kernel as example  # noqa: E402
 from sonic.simulator import SimulatorError, hopper  # noqa: E402
+from sonic.simulator.timeline import OUTSIDE, RUNS, timeline_bars  # noqa: E402
 
 SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1), ("random", 2)]
 
@@ -137,6 +138,39 @@ def test_the_command_shows_the_report_of_a_bug(capsys: pytest.CaptureFixture[str
         "simulate_kernel: A is (8, 9), B is (8, 9), C is (8, 8), expected (M, K), (N, K), (M, N), none empty, "
         "and K a multiple of 8"
     )
+
+
+def test_the_command_draws_a_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "waits.png"
+    assert example.main(["--size", "64", "128", "512", "--timeline", str(path)]) == 0
+    assert f"wrote {path}" in capsys.readouterr().out
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["waits.png"]
+    # a name that cannot be is a message, and a timeline of a kernel that ends with an error is none
+    assert "expected a file name that ends with .png" in str(example.main(["--timeline", str(tmp_path / "waits.pdf")]))
+    with pytest.raises(SystemExit):
+        example.main(["--bug", "missing-wait", "--timeline", str(path)])
+    assert "not with --bug" in capsys.readouterr().err
+
+
+def test_the_timeline_shows_each_wait_of_the_source(compiled: Callable[..., None]) -> None:
+    a, b, c, _ = example.integers(64, 128, 512)
+    bars = timeline_bars(example.simulate(compiled, a, b, c, "lazy", timeline=True))
+    assert {bar.warp for bar in bars} == set(range(5))
+    source = Path(example.__file__).read_text(encoding="utf-8").splitlines()
+    waits = {
+        (bar.warp == example.PRODUCER_WARP, bar.label.partition(",")[0], source[int(bar.label.split(":")[1]) - 1])
+        for bar in bars
+        if bar.label not in (RUNS, OUTSIDE)
+    }
+    assert {(is_producer, kind, line.strip()) for is_producer, kind, line in waits} >= {
+        (True, "mbarrier", "cute.arch.mbarrier_wait(empty + slot, parity ^ 1)"),
+        (False, "mbarrier", "cute.arch.mbarrier_wait(full + slot, parity)"),
+        (False, "named barrier 0", "cute.arch.sync_threads()"),
+    }
+    wgmma = {(is_producer, "wait_group" in line) for is_producer, kind, line in waits if kind == "wgmma group"}
+    assert wgmma == {(False, True)}
 
 
 def shape_of(text: str) -> str:
