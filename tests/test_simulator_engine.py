@@ -315,7 +315,7 @@ def test_the_deadlock_report_tells_who_waits_for_what() -> None:
     with pytest.raises(Deadlock) as caught:
         launch(body, [np.zeros(1, np.uint32)], block=64, line_info='.file 1 "kernel.py"')
     text = str(caught.value)
-    assert "warp 0" in text and "warp 1" in text
+    assert "block 0 (rank 0) warps 0-1: mbarrier wait, parity 0" in text
     assert "mbarrier wait, parity 0" in text and "phase 0, 1 of 1 arrivals and 0 bytes pending" in text
     assert "mbarrier.try_wait" in text and "kernel.py:77" in text
 
@@ -347,6 +347,29 @@ WRITER:
 BEHIND:
     """
     launch(body, [flag], grid=2)
+    assert flag[0] == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_those_who_spin_do_not_starve_the_others(seed: int) -> None:
+    """Under the random schedule: 23 warps spin until the last one of the second block has run."""
+    flag = np.zeros(1, np.uint32)
+    body = """
+    mov.u32 %r2, %ctaid.x;
+    setp.eq.s32 %p1, %r2, 1;
+    setp.ge.u32 %p2, %r0, 352;
+    and.pred %p3, %p1, %p2;
+    @%p3 bra WRITER;
+SPIN:
+    ld.acquire.gpu.global.b32 %r3, [%rd0];
+    setp.eq.s32 %p4, %r3, 0;
+    @%p4 bra SPIN;
+    bra BEHIND;
+WRITER:
+    st.release.gpu.global.b32 [%rd0], 1;
+BEHIND:
+    """
+    launch(body, [flag], grid=2, block=384, options=Options("random", seed, step_budget=80_000))
     assert flag[0] == 1
 
 
@@ -1060,6 +1083,193 @@ BEHIND:
     launch(body(wait("%r1", "0")), [np.zeros(1, np.uint32)], grid=2, cluster=2)
     with pytest.raises(RaceFault, match="ends without having waited"):
         launch(body(""), [np.zeros(1, np.uint32)], grid=2, cluster=2)
+
+
+# ---------------------------------------------------------------- who may issue what, and what a report says
+
+
+def test_one_lane_makes_a_barrier_once() -> None:
+    arrays = [np.zeros(1, np.uint32)]
+    init = "    mbarrier.init.shared.b64 [%r1], 1;"
+    with pytest.raises(BarrierFault, match="32 lanes initialise the same barrier"):
+        launch(init, arrays)
+    again = "    setp.ne.s32 %p1, %r0, 0;\n    @%p1 bra BEHIND;\n{}\nBEHIND:\n"
+    with pytest.raises(BarrierFault, match="initialises a barrier that is in use"):
+        launch(again.format(init + init), arrays)
+    launch(again.format(init + "    mbarrier.inval.shared.b64 [%r1];" + init), arrays)
+    launch(again.format(init + "    st.shared.b64 [%r1], 0;" + init), arrays)
+    each = "    shl.b32 %r2, %r0, 3;\n    add.s32 %r2, %r2, %r1;\n    mbarrier.init.shared.b64 [%r2], 1;"
+    launch(each, arrays)
+
+
+def test_bulk_loads_are_issued_by_one_lane() -> None:
+    source = aligned((16, 64), np.uint16)
+    tensor = make_map(source, (64, 16), 128, "bf16")
+    arrays = [np.zeros(1, np.uint32), source]
+    one = load_box(2048, 2, "0, 0")
+    launch(one, arrays, maps=(tensor,))
+    all_lanes = one.replace("    cp.async.bulk", "ISSUED:\n    cp.async.bulk").replace("[%r1];\nISSUED:", "[%r1];")
+    with pytest.raises(BarrierFault, match="32 lanes issue the same bulk copy"):
+        launch(all_lanes, arrays, maps=(tensor,))
+    rows = """
+    setp.ne.s32 %p40, %r0, 0;
+    @%p40 bra INIT_DONE;
+    mbarrier.init.shared.b64 [%r1], 1;
+    mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 512;
+INIT_DONE:
+    bar.sync 0;
+    shl.b32 %r2, %r0, 4;
+    add.s32 %r3, %r2, %r1;
+    cvt.u64.u32 %rd5, %r2;
+    add.s64 %rd6, %rd0, %rd5;
+    cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r3+1024], [%rd6], 16, [%r1];
+    """
+    launch(rows + wait("%r1", "0"), [aligned((32, 4), np.uint32)])
+
+
+def test_a_block_that_does_not_wait_for_its_bulk_stores() -> None:
+    arrays = [aligned((256,), np.uint32), aligned((256,), np.uint32)]
+    body = STORE_AND_WRITE.format(fill=FILL, fence="fence.proxy.async.shared::cta;", wait="").rsplit("st.shared", 1)[0]
+    done = "    cp.async.bulk.wait_group.read 0;\n"
+    assert launch(body + done, arrays).warnings == []
+    (warning,) = launch(body, arrays).warnings
+    assert "block 0 ends and warp 0 has not waited for its bulk stores" in warning
+    assert "cp.async.bulk.global.shared::cta" in warning
+
+
+def test_equal_lines_of_the_deadlock_report_are_joined() -> None:
+    """Of three warps in each of four blocks one ends and two wait."""
+    body = INIT + "    setp.lt.u32 %p1, %r0, 32;\n    @%p1 bra BEHIND;\n" + wait("%r1", "0") + "\nBEHIND:\n"
+    with pytest.raises(Deadlock) as caught:
+        launch(body, [np.zeros(1, np.uint32)], block=96, grid=4)
+    first, *lines = str(caught.value).splitlines()
+    assert lines[0] == "  blocks 0-3 (rank 0) warp 0: has ended"
+    assert lines[1].startswith("  blocks 0-3 (rank 0) warps 1-2: mbarrier wait, parity 0: mbarrier at")
+    assert len(lines) == 2, first
+
+
+@pytest.mark.parametrize(
+    ("first", "match"),
+    [
+        ("ld.shared.b32 %r9, [%r1+1024];", "a bulk load writes shared offset 2048, read by warp 1"),
+        ("st.shared.b32 [%r1+1024], %r0;", "a bulk load writes shared offset 2048, written by warp 1"),
+    ],
+)
+def test_a_load_that_overwrites_is_said_to_write(first: str, match: str) -> None:
+    source = aligned((16, 64), np.uint16)
+    tensor = make_map(source, (64, 16), 128, "bf16")
+    issue = load_box(2048, 2, "0, 0").replace("bar.sync 0;", "bar.warp.sync -1;")
+    body = f"""
+    setp.ge.u32 %p30, %r0, 32;
+    @!%p30 st.shared.b32 [%r1+1024], 7;
+    bar.sync 0;
+    @%p30 bra OTHER;
+SPIN:
+    ld.global.b32 %r6, [%rd0];
+    setp.eq.s32 %p31, %r6, 0;
+    @%p31 bra SPIN;
+    {issue}
+    bra BEHIND;
+OTHER:
+    {first}
+    st.global.b32 [%rd0], 1;
+BEHIND:
+    """
+    with pytest.raises(RaceFault, match=match):
+        launch(body, [np.zeros(1, np.uint32), source], maps=(tensor,), block=64)
+
+
+@pytest.mark.parametrize("is_st_async", [False, True])
+def test_asynchronous_writes_behind_ordinary_reads_want_a_proxy_fence(is_st_async: bool) -> None:
+    source = aligned((256,), np.uint32)
+
+    def warnings(fence: str) -> list[str]:
+        load = "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1+16], [%rd0], 16, [%r1];"
+        store = (
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%r1+16], {%r0, %r0, %r0, %r0}, [%r1];"
+        )
+        body = f"""{INIT}
+    st.shared.b32 [%r1+16], 7;
+    ld.shared.b32 %r9, [%r1+16];
+    {fence}
+    setp.ne.s32 %p1, %r0, 0;
+    @%p1 bra ISSUED;
+    mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 16;
+    {store if is_st_async else load}
+ISSUED:
+    {wait("%r1", "0")}
+    """
+        return launch(body, [source]).warnings
+
+    assert warnings("fence.proxy.async.shared::cta;") == []
+    (warning,) = warnings("")
+    assert "overwrites what ordinary loads read, without fence.proxy.async in between" in warning
+
+
+# ---------------------------------------------------------------- fences of products
+
+
+def products(*lines: str) -> list[str]:
+    """Warnings of 128 threads that run lines on zeros in shared memory.
+
+    ``ADD SET0`` and ``ADD SET1`` add a product to the registers from %r10 and %r20 on, ``SET SET0`` overwrites them,
+    ``ADD A`` takes A from the registers from %r30 on.
+    """
+    first, second, third = ("{" + ", ".join(f"%r{start + n}" for n in range(4)) + "}" for start in (10, 20, 30))
+    names = {
+        "ADD SET0;": f"{first}, %rd10, %rd10, 1, 1, 1, 0, 0;",
+        "SET SET0;": f"{first}, %rd10, %rd10, 0, 1, 1, 0, 0;",
+        "ADD SET1;": f"{second}, %rd10, %rd10, 1, 1, 1, 0, 0;",
+        "ADD A;": f"{first}, {third}, %rd10, 1, 1, 1, 0;",
+    }
+    zeros = "\n".join(f"    mov.b32 %r{n}, 0;" for start in (10, 20, 30) for n in range(start, start + 4))
+    text = "\n".join(f"    {line}" for line in lines)
+    for name, operands in names.items():
+        text = text.replace(name, f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {operands}")
+    text = text.replace("WAIT;", "COMMIT;\n    wgmma.wait_group.sync.aligned 0;")
+    text = text.replace("FENCE;", "wgmma.fence.sync.aligned;").replace("COMMIT;", "wgmma.commit_group.sync.aligned;")
+    body = f"""
+    mov.b32 %r2, 4096;
+    mov.b32 %r4, 128;
+    {FILL}
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    mov.b64 %rd10, {descriptor(1024, 0, 256, 32)};
+{zeros}
+{text}
+    """
+    return launch(body, [np.zeros(4096, np.uint8)], block=128).warnings
+
+
+def test_products_in_flight_bar_only_their_own_registers() -> None:
+    """A second accumulator may be made ready while the first is in use, and needs no other fence for that."""
+    assert products("FENCE;", "ADD SET0;", "mov.b32 %r21, %r20;", "ADD SET1;", "ADD SET0;", "WAIT;") == []
+    assert products("FENCE;", "ADD SET0;", "COMMIT;", "ADD SET1;", "WAIT;", "add.f32 %r40, %r10, %r11;") == []
+    with pytest.raises(RaceFault, match="accumulator while wgmma may be writing"):
+        products("FENCE;", "ADD SET0;", "mov.b32 %r11, %r20;", "WAIT;")
+    with pytest.raises(RaceFault, match="accumulator while wgmma may be writing"):
+        products("FENCE;", "ADD SET0;", "ADD SET1;", "add.f32 %r40, %r20, %r21;", "WAIT;")
+    assert products("FENCE;", "ADD SET0;", "WAIT;", "add.f32 %r40, %r10, %r10;", "ADD SET1;", "WAIT;") == []
+
+
+def test_what_products_read_is_fenced() -> None:
+    change = "add.f32 %r12, %r12, 0f3F800000;"
+    assert products("FENCE;", "ADD SET0;", "WAIT;", change, "FENCE;", "ADD SET0;", "WAIT;") == []
+    with pytest.raises(RaceFault, match="no wgmma.fence orders the product, which reads its accumulator"):
+        products("FENCE;", "ADD SET0;", "WAIT;", change, "ADD SET0;", "WAIT;")
+    with pytest.raises(RaceFault, match="no wgmma.fence orders the product, which reads its accumulator"):
+        products("FENCE;", change, "ADD SET0;", "WAIT;")
+    with pytest.raises(RaceFault, match="no wgmma.fence orders the product, which reads its operand A"):
+        products("FENCE;", "or.b32 %r31, %r31, 1;", "ADD A;", "WAIT;")
+    assert products("or.b32 %r31, %r31, 1;", "FENCE;", "ADD A;", "WAIT;") == []
+
+
+def test_what_products_overwrite_need_only_be_warned_of() -> None:
+    use = "add.f32 %r40, %r10, %r11;"
+    for line in (use, "add.f32 %r10, %r10, %r11;"):
+        (warning,) = products("FENCE;", "ADD SET0;", "WAIT;", line, "SET SET0;", "ADD SET0;", "WAIT;")
+        assert "overwrites registers used since the last wgmma.fence" in warning and "mma_async" in warning
+        assert products("FENCE;", "ADD SET0;", "WAIT;", line, "FENCE;", "SET SET0;", "ADD SET0;", "WAIT;") == []
 
 
 # ---------------------------------------------------------------- counts

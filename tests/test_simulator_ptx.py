@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sonic.simulator import engine, ptx
-from sonic.simulator.errors import ParseError, SimulatorError, Unsupported
+from sonic.simulator.errors import MemoryFault, ParseError, SimulatorError, Unsupported
 from sonic.simulator.kernel_launch import LaunchConfig, Region
 from sonic.simulator.options import Options
 from sonic.simulator.translate import Program
@@ -146,12 +146,72 @@ def test_line_info_is_kept() -> None:
     assert "/home/kernel.py:42" in made.where()
 
 
+def test_lines_of_inline_assembly_are_not_lines_of_the_source() -> None:
+    """The compiler counts the lines of the inserted text on; the last line before it holds."""
+    body = """
+    .loc 1 111 16
+    // begin inline asm
+    {
+    .reg .pred P1;
+    .loc 1 113 16
+    LAB_WAIT:
+    .loc 1 114 16
+    mbarrier.try_wait.parity.shared.b64 P1, [%r0], 0, 10000000;
+    @P1 bra.uni DONE;
+    .loc 1 116 16
+    bra.uni LAB_WAIT;
+    DONE:
+    }
+    // end inline asm
+    add.s32 %r1, %r0, 1;
+    .loc 1 120 5
+    sub.s32 %r1, %r0, 1;
+    // begin inline asm
+    .loc 1 121 5
+    xor.b32 %r1, %r0, 1;
+    // end inline asm
+    .loc 1 130 5
+    or.b32 %r1, %r0, 1;
+    """
+    code = ptx.parse(module(body, 0) + '.file 1 "kernel.py"\n', "k").instructions
+    lines = {made.parts[0]: made.source[1] for made in code if made.source is not None}
+    assert lines == {"mbarrier": 111, "bra": 111, "add": 111, "sub": 120, "xor": 120, "or": 130, "ret": 130}
+
+
+def test_parameters_are_read_through_addresses_in_registers() -> None:
+    """Two neighbours at once, at one address and at one that differs between lanes."""
+    out, other = np.zeros((32, 3), np.uint64), np.zeros(1, np.uint64)
+    body = """
+    mov.b64 %rd10, p0;
+    ld.param.v2.b64 {%rd11, %rd12}, [%rd10];
+    and.b32 %r1, %r0, 1;
+    mul.wide.u32 %rd13, %r1, 8;
+    add.s64 %rd14, %rd10, %rd13;
+    ld.param.b64 %rd15, [%rd14+0];
+    mul.wide.u32 %rd16, %r0, 24;
+    add.s64 %rd17, %rd0, %rd16;
+    st.global.b64 [%rd17], %rd11;
+    st.global.b64 [%rd17+8], %rd12;
+    st.global.b64 [%rd17+16], %rd15;
+    """
+    trace = launch(body, [out, other])
+    assert out[:, 0].tolist() == [out.ctypes.data] * 32 and out[:, 1].tolist() == [other.ctypes.data] * 32
+    assert out[:, 2].tolist() == [out.ctypes.data, other.ctypes.data] * 16
+    assert "parameters" not in trace.bytes_by_tensor()
+    with pytest.raises(MemoryFault, match="are no parameters"):
+        launch("    mov.b64 %rd10, p0;\n    ld.param.v2.b64 {%rd11, %rd12}, [%rd10+16];", [out, other])
+    with pytest.raises(MemoryFault, match="not a multiple of 16"):
+        launch("    mov.b64 %rd10, p0;\n    ld.param.v2.b64 {%rd11, %rd12}, [%rd10+8];", [out, other, other])
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "vabsdiff.s32 %r1, %r0, %r0;",
         "add.cc.u32 %r1, %r0, %r0;",
         "add.sat.s32 %r1, %r0, %r0;",
+        "min.relu.u32 %r1, %r0, %r0;",
+        "add.relu.s32 %r1, %r0, %r0;",
         "cvt.rn.relu.bf16x2.f32 %r1, %r0, %r0;",
         "ld.local.b32 %r1, [%rd0];",
         "wgmma.mma_async.sync.aligned.m64n8k16.f16.f16.f16 {%r1, %r2}, %rd1, %rd2, 1, 1, 1, 0, 0;",
@@ -225,6 +285,9 @@ INTEGER_OPS: dict[str, Callable[[int, int, int], int]] = {
     "abs.s32 D, A": lambda a, b, c: abs(signed(a)),
     "min.s32 D, A, B": lambda a, b, c: min(signed(a), signed(b)),
     "max.s32 D, A, B": lambda a, b, c: max(signed(a), signed(b)),
+    "min.relu.s32 D, A, B": lambda a, b, c: max(min(signed(a), signed(b)), 0),
+    "max.relu.s32 D, A, B": lambda a, b, c: max(signed(a), signed(b), 0),
+    "max.relu.s32 D, A, -3": lambda a, b, c: max(signed(a), 0),
     "min.u32 D, A, B": lambda a, b, c: min(a, b),
     "max.u32 D, A, 5": lambda a, b, c: max(a, 5),
     "shl.b32 D, A, C": lambda a, b, c: a << min(c, 32),

@@ -2,7 +2,8 @@
 
 Marks: a 16-byte granule is marked from the issue of an asynchronous access until the program can know that it is over:
 a bulk load until its barrier's phase completes, a bulk store and an operand of wgmma until a wait for its group. An
-ordinary write is marked until a proxy fence, since the asynchronous proxy need not see it before.
+ordinary write is marked until a proxy fence, since the asynchronous proxy need not see it before. So
+is an ordinary read, until any warp's proxy fence; an asynchronous copy over it before that gives a warning.
 
 Clocks: each warp knows how far others have come. A clock has one component for each warp (its releases), barrier (its
 phases), warpgroup (its products), and for a warp's bulk stores and cp.async (their groups); arrivals hand the clock of
@@ -91,6 +92,9 @@ class Checker:
         # 0 clean, 1 written by an ordinary store and not fenced, 2 by cp.async
         self.unfenced = np.zeros(count, np.int8)
         self.unfenced_list: list[Granules] = []
+        # Number of proxy fences so far, and for each granule what that was at the last ordinary read.
+        self.fences = 1
+        self.last_read = np.zeros(count, np.int32)
         self.in_flight = 0
         self.clocks = clocks
         # For each word: component and value that the last write has in clocks; for each reader, of its last read.
@@ -117,7 +121,8 @@ class Checker:
         return int(numbers.reshape(-1)[np.flatnonzero(flags.reshape(-1))[0]])
 
     def fence(self, w: Any) -> None:
-        """Ordinary writes so far are visible to the asynchronous proxy."""
+        """Ordinary accesses so far come before what the asynchronous proxy does afterwards."""
+        self.fences += 1
         for granules in self.unfenced_list:
             self.unfenced[granules] = 0
         self.unfenced_list.clear()
@@ -131,6 +136,7 @@ class Checker:
                 raise w.fault(
                     RaceFault, pc, f"reads shared offset {offset}, into which an asynchronous copy is still writing"
                 )
+        self.last_read[granules] = self.fences
         if self.clocks.is_on:
             self.order_read(w, pc, words, "a load")
             self.note_read(w.component, w.clock.item(w.component), words)
@@ -189,12 +195,17 @@ class Checker:
                 raise w.fault(
                     RaceFault, pc, f"{what} writes shared offset {offset}, which another access is still using"
                 )
+        if what != "cp.async" and (self.last_read[granules] == self.fences).any():
+            w.engine.trace.warn(
+                f"{what} overwrites what ordinary loads read, without fence.proxy.async in between "
+                f"({w.engine.program.kernel.instructions[pc].where()})"
+            )
         if self.clocks.is_on:
             self.order_write(w, pc, words_of(granules) if words is None else words, what)
 
     # -------------------------------------------------------------- clocks
 
-    def order_read(self, w: Any, pc: int, words: Granules, what: str) -> None:
+    def order_read(self, w: Any, pc: int, words: Granules, what: str, verb: str = "reads") -> None:
         """The last write must be known to the reader."""
         writer = self.writer[words]
         bad = w.clock[writer] < self.written[words]
@@ -204,13 +215,13 @@ class Checker:
             raise w.fault(
                 RaceFault,
                 pc,
-                f"{what} reads shared offset {4 * word}, written by {who}: nothing that this warp waited for orders it "
-                "behind that write",
+                f"{what} {verb} shared offset {4 * word}, written by {who}: nothing that this warp waited for orders "
+                "it behind that write",
             )
 
     def order_write(self, w: Any, pc: int, words: Granules, what: str) -> None:
         """The last write and all reads since must be known to the writer."""
-        self.order_read(w, pc, words, what.replace("reads", "writes") + ", which")
+        self.order_read(w, pc, words, what, "writes")
         if len(self.readers):
             known = w.clock[self.readers].reshape(-1, *[1] * (1 if isinstance(words, slice) else words.ndim))
             bad = self.read[: len(self.readers), words] > known

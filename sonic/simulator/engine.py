@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,18 @@ __all__ = ["Options", "Trace", "run"]
 
 def _urgency(warp: Warp) -> float:
     return warp.urgency
+
+
+def _numbers(what: str, numbers: list[int]) -> str:
+    """``warp 3``, ``warps 0-3, 5``."""
+    rows: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if rows and rows[-1][1] == number - 1:
+            rows[-1][1] = number
+        else:
+            rows.append([number, number])
+    text = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in rows)
+    return f"{what}{'s' if len(set(numbers)) > 1 else ''} {text}"
 
 
 class Block:
@@ -117,8 +130,13 @@ class Block:
                     trace.add_event("mbarriers left in the middle of a phase")
                     trace.warn(f"block {self.index} ends with a phase begun: {barrier.describe()}")
             for warp in self.warps:
-                if any(queue.open or any(queue.groups) for queue in warp.bulk.values()):
-                    trace.warn(f"block {self.index} ends and warp {warp.index} has not waited for its bulk stores")
+                left = [action for queue in warp.bulk.values() for action in (*chain(*queue.groups), *queue.open)]
+                if left:
+                    where = self.engine.program.kernel.instructions[left[-1].number].where()
+                    trace.warn(
+                        f"block {self.index} ends and warp {warp.index} has not waited for its bulk stores, "
+                        f"which may still read shared memory: {where}"
+                    )
         self.engine.block_ended(self)
 
 
@@ -203,7 +221,7 @@ class Engine:
         for param, source in zip(declared, params, strict=True):
             start = self.program.param_offsets[param.name]
             view[start : start + param.num_bytes] = ctypes.string_at(source, param.num_bytes)
-        self.bank = bytes(view[: self.program.bank_bytes])
+        self.bank, self.bank_address = bytes(view[: self.program.bank_bytes]), address
         self.global_symbols = {name: address + start for name, start in self.program.param_offsets.items()}
 
     def lay_out(self) -> None:
@@ -252,6 +270,7 @@ class Engine:
     def turn_is_over(self, w: Warp) -> None:
         """A warp ran for long: it may be waiting for what others, or asynchronous work, have yet to do."""
         w.queued = True
+        w.urgency *= self.random.random()  # one that spins must not starve those who would end that
         self.ready.append(w)
         if self.pending:
             self.perform_one()
@@ -353,11 +372,14 @@ class Engine:
         return self.trace
 
     def report(self) -> str:
-        """Each warp that has not ended: where it is and what it waits for."""
+        """Each warp: where it is and what it waits for; what is the same for several is told once."""
         code = self.program.kernel.instructions
-        lines = []
+        same: dict[tuple[Any, ...], list[int]] = {}
         for block in self.blocks:
+            states: dict[str, list[int]] = {}
             for warp in block.warps:
+                if not warp.groups:
+                    states.setdefault(": has ended", []).append(warp.index)
                 for group in warp.groups:
                     what = group.blocked or "can run"
                     if group.blocked == "meet":
@@ -365,11 +387,14 @@ class Engine:
                     elif group.waits_on is not None and hasattr(group.waits_on, "describe"):
                         what = f"{what}: {group.waits_on.describe()}"
                     lanes = "" if group.bits == FULL else f" lanes 0x{group.bits:08x}"
-                    lines.append(
-                        f"  block {block.index} (rank {block.rank}) warp {warp.index}{lanes}: {what}, "
-                        f"at {code[group.pc].where()}"
-                    )
-        return "\n".join(lines)
+                    states.setdefault(f"{lanes}: {what}, at {code[group.pc].where()}", []).append(warp.index)
+            told = tuple((_numbers("warp", warps), state) for state, warps in states.items())
+            same.setdefault((block.rank, told), []).append(block.index)
+        return "\n".join(
+            f"  {_numbers('block', blocks)} (rank {rank}) {warps}{state}"
+            for (rank, told), blocks in same.items()
+            for warps, state in told
+        )
 
 
 def run(

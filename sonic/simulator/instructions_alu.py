@@ -59,19 +59,22 @@ def emit_add(e: Emitter, made: Instruction) -> None:
     if _is_float(made):
         float_arithmetic(e, made)
         return
-    take(made, INTEGERS)
-    if len(made.parts) != 2:
+    root, kind = made.parts[0], made.parts[-1]
+    clamps = root in ("min", "max") and kind == "s32" and made.parts[1] == "relu"
+    take(made, (*INTEGERS, "relu") if clamps else INTEGERS)
+    if len(made.parts) != 2 + clamps:
         raise refuse(made)
-    root, kind = made.parts
     width = bits_of(kind)
     d, a, b = made.operands
     if root in ("min", "max"):
         if wants_scalar(e, made):
-            x, y = e.typed(a, kind), e.typed(b, kind)
-            e.write(d, f"{root}({x}, {y}) & {MASKS[width]}", f"u{width}")
+            text = f"{root}({e.typed(a, kind)}, {e.typed(b, kind)})"
+            text = f"max({text}, 0)" if clamps else text
+            e.write(d, f"{text} & {MASKS[width]}", f"u{width}")
         else:
             x, y = e.vectors([a, b], kind)
-            e.write(d, f"np.{root}imum({x}, {y})", kind)
+            text = f"np.{root}imum({x}, {y})"
+            e.write(d, f"np.maximum({text}, {e.constant(0, kind, False)})" if clamps else text, kind)
         return
     sign = "+" if root == "add" else "-"
     if wants_scalar(e, made):

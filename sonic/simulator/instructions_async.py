@@ -40,6 +40,9 @@ for _function in (
 
 # ---------------------------------------------------------------- mbarrier
 
+# What the memory of a barrier holds, so that a barrier is known to be gone when something else was stored there.
+OBJECT = np.uint64(0x5A6D_6261_7272_6965)
+
 
 def distinct(g: Group, value: Any) -> list[tuple[int, int]]:
     """(value, bits of the lanes that have it) for the lanes of a group."""
@@ -73,16 +76,19 @@ def mbarrier_init(w: Any, g: Group, pc: int, addresses: Any, count: Any) -> None
             made = MBarrier(cta.rank, offset, lane_value(g, count, bits))
         except MBarrierError as error:
             raise w.fault(BarrierFault, pc, str(error)) from None
+        if bits.bit_count() > 1:
+            raise w.fault(BarrierFault, pc, f"{bits.bit_count()} lanes initialise the same barrier: elect one")
+        memory = cta.shared.views[8]
         old = cta.mbarriers.get(offset)
-        if old is not None and old.waiting:
-            raise w.fault(BarrierFault, pc, f"initialises a barrier that warps wait for: {old.describe()}")
+        if old is not None and (old.waiting or memory[offset >> 3] == OBJECT):
+            raise w.fault(BarrierFault, pc, f"initialises a barrier that is in use: {old.describe()}")
         cta.mbarriers[offset] = made
         w.made.append(made)
         clocks = cta.cluster.clocks
         if clocks.is_on:
             made.clock, made.gathered = clocks.new(), clocks.new()
             made.component = clocks.component((cta.rank, offset), f"copies that signal the mbarrier at offset {offset}")
-        cta.shared.views[8][offset >> 3] = 0
+        memory[offset >> 3] = OBJECT
 
 
 @runtime

@@ -107,7 +107,9 @@ class Emitter:
         self.constants: dict[str, str] = {}
         self.group = "g"
         self.inside_guard = False
-        self.flushed = False
+        # Names of sets of product registers that were given their values, and that were written to, in this run.
+        self.flushed: set[str] = set()
+        self.rewritten: set[str] = set()
         self.counter = 0
         self.ended = False
         self.pc = -1
@@ -137,9 +139,22 @@ class Emitter:
 
     def touch(self, index: int) -> None:
         """Accumulators of wgmma live in a matrix until something else looks at them."""
-        if index in self.program.accumulators and not self.flushed:
-            self.outer.append(f"if w.dirty: flush_accumulators(w, {self.pc})")
-            self.flushed = True
+        name = self.program.accumulator_sets.get(index)
+        if name is not None and name not in self.flushed:
+            self.outer.append(f"if w.dirty: flush_accumulators(w, {self.pc}, {name})")
+            self.flushed.add(name)
+
+    def note_change(self, index: int) -> None:
+        """A register that products use is written by an ordinary instruction: a fence has to follow.
+
+        Plain copies are let pass: the compiler makes them, and puts them behind fences that the source has after them.
+        """
+        name = self.program.product_sets.get(index)
+        is_copy = self.program.kernel.instructions[self.pc].parts[0] == "mov"
+        if name is not None and not is_copy and name not in self.rewritten:
+            self.line(f"w.rewritten.update({name})")
+            if not self.inside_guard:
+                self.rewritten.add(name)
 
     def register(self, reg: Reg) -> str:
         """Variable that holds a register in its canonical type."""
@@ -263,6 +278,7 @@ class Emitter:
         index = operand.index
         width = bits_of(kind)
         self.touch(index)
+        self.note_change(index)
         self.dirty.add(index)
         if self.program.uniform[index]:
             self.line(f"r{index} = {expression}")

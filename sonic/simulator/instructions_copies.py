@@ -72,7 +72,7 @@ def _signed(value: int) -> int:
 
 
 def launch_bulk(w: Any, g: Group, pc: int, index: int, operands: list[Any]) -> None:
-    """Issue a bulk copy: once per warp where all lanes mean the same one, as the uniform datapath does."""
+    """Issue a bulk copy; a store once per warp where all lanes mean the same one, as the uniform datapath does."""
     copy: BulkCopy = w.engine.program.static[index]
     columns = [value[g.mask].tolist() if isinstance(value, np.ndarray) else value for value in operands]
     lanes = [column for column in columns if isinstance(column, list)]
@@ -83,6 +83,9 @@ def launch_bulk(w: Any, g: Group, pc: int, index: int, operands: list[Any]) -> N
         )
     else:
         rows = {tuple(columns): None}
+    if copy.direction != "store" and len(rows) < g.bits.bit_count():
+        text = f"{g.bits.bit_count()} lanes issue the same bulk copy, which signals its barrier as often: elect one"
+        raise w.fault(BarrierFault, pc, text)
     for row in rows:
         issue_bulk(w, g, pc, copy, list(row))
 
@@ -239,6 +242,7 @@ def _issue_store(w: Any, g: Group, pc: int, copy: BulkCopy, values: list[int]) -
         place[:] = fresh
 
     action = Action(perform, path)
+    action.number = pc
     if cta.checker is not None:
         whole = slice(offset >> 4, offset + num_bytes >> 4)
         cta.checker.async_read(w, pc, whole, f"a {path}")

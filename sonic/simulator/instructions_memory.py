@@ -131,6 +131,23 @@ def load_param(w: Any, offset: int, size: int) -> int:
     return int.from_bytes(w.engine.bank[offset : offset + size], "little")
 
 
+@runtime
+def load_param_at(w: Any, g: Group, pc: int, addresses: Any, size: int, count: int) -> list[Any]:
+    """The same through an address that the kernel computed, in one integer or in 32 lanes."""
+    bank, start, total = w.engine.bank, w.engine.bank_address, size * count
+    is_one = not isinstance(addresses, np.ndarray)
+    rows = np.zeros((1 if is_one else 32, count), UNITS[size])
+    for lane in [0] if is_one else np.flatnonzero(g.mask).tolist():
+        address = int(addresses) if is_one else addresses.item(lane)
+        offset = address - start
+        if not 0 <= offset <= len(bank) - total:
+            raise w.fault(MemoryFault, pc, f"{total} bytes at 0x{address:x} are no parameters")
+        if address % total:
+            raise w.fault(MemoryFault, pc, f"0x{address:x} is not a multiple of {total} bytes")
+        rows[lane] = np.frombuffer(bank, UNITS[size], count, offset)
+    return rows[0].tolist() if is_one else list(np.ascontiguousarray(rows.T))
+
+
 # ---------------------------------------------------------------- shared memory
 
 
@@ -268,17 +285,18 @@ def emit_ld(e: Emitter, made: Instruction) -> None:
     size = bits_of(kind) // 8
     if space in ("const", "local"):
         raise refuse(made, f"{space} memory")
-    if space == "param" or (isinstance(source.base, Sym) and source.base.name in e.program.param_offsets):
-        if not isinstance(source.base, Sym):
-            raise refuse(made)
+    if isinstance(source.base, Sym) and source.base.name in e.program.param_offsets:
         offset = e.program.param_offsets[source.base.name] + source.base.offset + source.offset
         texts = [f"load_param(w, {offset + n * size}, {size})" for n in range(count)]
         is_one = True
     else:
         address, is_one = e.address(source, 32 if space == "shared" else 64)
+        if space == "param" and not isinstance(source.base, Reg):
+            raise refuse(made)
         if space == "shared" and isinstance(source.base, Reg) and source.base.width == 64 and not is_one:
             address = f"{address}.astype(T_u32)"
-        call = f"load_{space}" + ("_one" if is_one and space != "generic" else "")
+        function = {"param": "load_param_at", "generic": "load_generic"}.get(space)
+        call = function or f"load_{space}" + ("_one" if is_one else "")
         loaded = e.temp(f"{call}(w, {e.group}, {made.pc}, {address}, {size}, {count})")
         texts = [f"{loaded}[{n}]" for n in range(count)]
     for target, text in zip(targets, texts, strict=True):

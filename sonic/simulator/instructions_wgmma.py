@@ -6,6 +6,7 @@ other instruction looks at them. Touching them while a product may be running is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -31,6 +32,7 @@ class Product:
         registers: of the accumulator, in order.
         scales: signs of A and B.
         k_major: whether rows of A and B are along k.
+        fragments: registers of A, if it is not in shared memory.
     """
 
     n: int
@@ -38,6 +40,7 @@ class Product:
     registers: tuple[int, ...]
     scales: tuple[int, int]
     k_major: tuple[bool, bool]
+    fragments: tuple[int, ...] = ()
 
 
 class Issued:
@@ -144,6 +147,8 @@ def issue_product(w: Any, g: Group, pc: int, index: int, a: Any, b: int, keeps: 
             item.a = a
     quarter = w.index & 3
     same = item.pc == pc and item.b == b and item.keeps == keeps
+    if w.cta.checker is not None:
+        _check_fence(w, pc, product, keeps)
     if isinstance(a, list):
         item.fragments[quarter] = a
     else:
@@ -168,17 +173,37 @@ def issue_product(w: Any, g: Group, pc: int, index: int, a: Any, b: int, keeps: 
 def _claim(w: Any, g: Group, pc: int, registers: tuple[int, ...], item: Issued, quarter: int) -> None:
     """Note that registers now belong to the matrix, and what they held if the product adds to it."""
     if registers not in w.dirty:
-        if not w.products_fenced and w.cta.checker is not None:
-            raise w.fault(RaceFault, pc, "no wgmma.fence orders the product behind earlier uses of its registers")
-        overlapping = [other for other in w.dirty if not set(other).isdisjoint(registers)]
-        if overlapping:
-            flush_accumulators(w, pc)
+        flush_accumulators(w, pc, [other for other in w.dirty if not set(other).isdisjoint(registers)])
         if item.keeps:
             held = [g.R[register] for register in registers]
             known = w.fragments.get(registers)
             if known is None or not all(map(is_, held, known)):
                 item.initial[quarter] = held
     w.dirty[registers] = item.sequence
+
+
+def _check_fence(w: Any, pc: int, product: Product, keeps: bool) -> None:
+    """What a product reads must not have been written since the last fence.
+
+    That it overwrites what was used since is told as a warning: the manual asks for a fence there too, but kernels
+    of the manufacturer go without it.
+    """
+    if not w.products_fenced:
+        raise w.fault(RaceFault, pc, "no wgmma.fence orders the product behind earlier uses of its registers")
+    if not w.rewritten and not w.reused:
+        return
+    if (keeps and product.registers in w.rewritten) or product.fragments in w.rewritten:
+        what = "its accumulator" if product.fragments not in w.rewritten else "its operand A"
+        raise w.fault(
+            RaceFault, pc, f"no wgmma.fence orders the product, which reads {what}, behind writes of these registers"
+        )
+    if product.registers in w.rewritten or product.registers in w.reused:
+        w.engine.trace.warn(
+            "a product overwrites registers used since the last wgmma.fence "
+            f"({w.engine.program.kernel.instructions[pc].where()})"
+        )
+        w.rewritten.discard(product.registers)
+        w.reused.discard(product.registers)
 
 
 def _check_operands(w: Any, pc: int, team: Warpgroup, item: Issued) -> None:
@@ -236,10 +261,20 @@ def wait_products(w: Any, g: Group, pc: int, keep: int) -> int:
 
 
 @runtime
-def flush_accumulators(w: Any, pc: int) -> None:
+def fence_products(w: Any) -> None:
+    """Registers written so far may be read by products."""
+    w.products_fenced = True
+    w.reused.clear()
+    w.rewritten.clear()
+
+
+@runtime
+def flush_accumulators(w: Any, pc: int, sets: Sequence[tuple[int, ...]]) -> None:
     """Give accumulators' registers their values."""
-    w.products_fenced = False
-    for registers, sequence in w.dirty.items():
+    for registers in sets:
+        sequence = w.dirty.get(registers)
+        if sequence is None:
+            continue
         if sequence >= w.products_waited:
             raise w.fault(RaceFault, pc, "touches registers of an accumulator while wgmma may be writing them")
         quarter = w.index & 3
@@ -248,7 +283,8 @@ def flush_accumulators(w: Any, pc: int) -> None:
         for group in w.groups:
             for register, row in zip(registers, rows, strict=True):
                 group.R[register] = row
-    w.dirty.clear()
+        w.reused.add(registers)
+        del w.dirty[registers]
 
 
 _SHAPE_K = {"bf16": 16, "f16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32}
@@ -262,7 +298,8 @@ def emit_wgmma(e: Emitter, made: Instruction) -> None:
         raise refuse(made)
     emit_meeting(e, made)
     if action == "fence" and len(mods) == 2:
-        e.line("w.products_fenced = True")
+        e.line("fence_products(w)")
+        e.rewritten.clear()
         return
     if action == "commit_group" and len(mods) == 2:
         e.line("commit_products(w)")
@@ -300,7 +337,8 @@ def _emit_product(e: Emitter, made: Instruction, mods: list[str]) -> None:
     if k == 16:
         k_major = (True, not transposed[0]) if in_registers else (not transposed[0], not transposed[1])
     scales = (immediates[0] or 1, immediates[1] or 1)
-    product = Product(n, (kind_a, kind_b), registers, scales, k_major)
+    fragments = tuple(reg.index for reg in a.items if isinstance(reg, Reg)) if isinstance(a, Vec) else ()
+    product = Product(n, (kind_a, kind_b), registers, scales, k_major, fragments)
     index = len(e.program.static)
     e.program.static.append(product)
     if isinstance(a, Vec):
@@ -323,7 +361,7 @@ def _emit_product(e: Emitter, made: Instruction, mods: list[str]) -> None:
             e.line(f"R[{register}] = {e.register(e.program.kernel.registers[register])}")
             e.dirty.discard(register)
         e.names.pop(register, None)
-    e.flushed = False
+    e.flushed.clear()
     e.line(f"issue_product(w, g, {made.pc}, {index}, {source}, {second}, {keeps})")
 
 

@@ -6,6 +6,7 @@ are not understood are refused with their text.
 
 from __future__ import annotations
 
+import bisect
 import re
 import struct
 from collections.abc import Iterator
@@ -161,6 +162,7 @@ class Kernel:
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+_INLINE = re.compile(r"^[ \t]*//[ \t]*begin inline asm\b.*?^[ \t]*//[ \t]*end inline asm\b", re.S | re.M)
 _LABEL = re.compile(r"([A-Za-z_$][\w$]*)\s*:(?!:)")
 _DECLARE = re.compile(
     r"\.(?P<space>shared|global|local|const)\s*(?:\.align\s+(?P<align>\d+)\s*)?(?:\.v(?P<vec>[24])\s*)?"
@@ -219,6 +221,8 @@ class _Parser:
     def __init__(self, text: str) -> None:
         # Comments become blanks of the same shape, so that positions still tell lines.
         self.text = _COMMENT.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+        # Inside of inline assembly the compiler counts lines of that text: those tell nothing about the source.
+        self.foreign = [found.span() for found in _INLINE.finditer(text)]
         self.line_starts = [0, *(found.end() for found in re.finditer("\n", self.text))]
         self.files: dict[int, str] = {
             int(found[1]): found[2] for found in re.finditer(r'\.file\s+(\d+)\s+"([^"]*)"', self.text)
@@ -231,6 +235,11 @@ class _Parser:
             middle = (low + high) // 2
             low, high = (middle, high) if self.line_starts[middle] <= position else (low, middle)
         return low + 1
+
+    def is_foreign(self, position: int) -> bool:
+        """Whether a position lies inside of inline assembly."""
+        number = bisect.bisect(self.foreign, (position, len(self.text))) - 1
+        return number >= 0 and position < self.foreign[number][1]
 
     def module_variables(self, end: int) -> dict[str, Variable]:
         found = {}
@@ -304,7 +313,7 @@ class _Parser:
             elif text.startswith((".loc", ".file", ".section"), position):
                 end = text.index("\n", position)
                 found = re.match(r"\.loc\s+(\d+)\s+(\d+)", text[position:end])
-                if found:
+                if found and not self.is_foreign(position):
                     line = int(found[2])
                     source = (self.files.get(int(found[1]), f"file {found[1]}"), line) if line else None
                 position = end

@@ -213,7 +213,10 @@ class Program:
             if made.parts[0] == "wgmma" and made.parts[1] == "mma_async"
             for index in self.flow.defs[made.pc]
         }
+        self.accumulator_sets: dict[int, str] = {}
+        self.product_sets: dict[int, str] = {}
         self.globals: dict[str, Any] = dict(RUNTIME)
+        self.name_sets()
         self.globals.update({f"T_{name}": dtype for name, dtype in DTYPES.items()})
         self.globals["ALL_TRUE"] = np.ones(32, np.bool_)
         self.globals["ALL_FALSE"] = np.zeros(32, np.bool_)
@@ -221,6 +224,27 @@ class Program:
         self.canonical = self.choose_types()
         self.live_lists: dict[int, list[int]] = {}
         self.translate()
+
+    def name_sets(self) -> None:
+        """For each register of products: a constant with the sets (accumulators, fragments of A) that it is in."""
+        accumulators: dict[int, dict[tuple[int, ...], None]] = {}
+        operands: dict[int, dict[tuple[int, ...], None]] = {}
+        for made in self.kernel.instructions:
+            if made.parts[:2] != ["wgmma", "mma_async"]:
+                continue
+            for place, operand in enumerate(made.operands[:2]):
+                if not isinstance(operand, Vec):
+                    continue
+                members = tuple(reg.index for reg in registers_of(operand))
+                for index in members:
+                    operands.setdefault(index, {})[members] = None
+                    if place == 0:
+                        accumulators.setdefault(index, {})[members] = None
+        names: dict[tuple[tuple[int, ...], ...], str] = {}
+        for found, result in ((accumulators, self.accumulator_sets), (operands, self.product_sets)):
+            for index, sets in found.items():
+                name = result[index] = names.setdefault(tuple(sets), f"SETS_{len(names)}")
+                self.globals[name] = tuple(sets)
 
     # -------------------------------------------------------------- what registers are
 

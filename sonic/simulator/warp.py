@@ -40,7 +40,10 @@ class Warp:
         self.products_issued = 0
         self.products_waited = 0
         self.product_groups: list[int] = []
+        # Whether there was a wgmma.fence, and sets of product registers that were used, or written, since the last.
         self.products_fenced = False
+        self.reused: set[tuple[int, ...]] = set()
+        self.rewritten: set[tuple[int, ...]] = set()
         self.dirty: dict[tuple[int, ...], int] = {}
         self.fragments: dict[tuple[int, ...], list[np.ndarray]] = {}
         self.turn = 0
@@ -170,8 +173,8 @@ class Warp:
 
     def run(self) -> None:
         """Run until all groups wait or have ended, or the turn is over."""
-        quantum = QUANTUM
         engine = self.engine
+        quantum = QUANTUM // 10 if engine.is_random else QUANTUM
         trace = engine.trace
         while self.groups:
             program = engine.program
