@@ -19,6 +19,7 @@ import pytest
 import torch
 
 cutlass = pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
+pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi")
 
 import cutlass.cute as cute  # noqa: E402
 from cutlass.base_dsl import dsl, env_manager, jit_executor  # noqa: E402

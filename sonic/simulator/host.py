@@ -128,7 +128,7 @@ def simulate(engine: Engine, options: Any = None, *, num_sms: int = 4, line_info
             _closing.close()
 
 
-def enable_from_environment(variable: str) -> bool:
+def enable_from_environment(variable: str = "SONIC_SIMULATE_HOPPER") -> bool:
     """Open a block of `hopper` for the rest of the process where an environment variable asks for it.
 
     Args:
