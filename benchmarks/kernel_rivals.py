@@ -54,7 +54,7 @@ __all__ = [
     "dense",
     "dense_batched",
     "grouped_mm_function",
-    "library_missing",
+    "why_not_importable",
     "make_inputs",
     "make_routing",
     "quack",
@@ -570,7 +570,7 @@ YARDSTICKS: dict[str, Callable[..., Contender]] = {"dense": dense, "dense batche
 """What no routed op can be expected to beat by much, by name."""
 
 
-def library_missing(name: str) -> str | None:
+def why_not_importable(name: str) -> str | None:
     """Say why the library of a rival cannot be imported, or return None if it can."""
     modules = {"scattermoe": "scattermoe.kernels.ops", "quack": "quack.gemm_interface"}
     try:

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = arguments.repeats or (3 if arguments.quick else None)
     backends = arguments.backends or (("reference",) if device.type == "cpu" else ("triton", "cute"))
     contenders = _contenders(arguments, backends)
-    missing = {name: why for name in arguments.rivals if (why := kernel_rivals.library_missing(name)) is not None}
+    missing = {name: why for name in arguments.rivals if (why := kernel_rivals.why_not_importable(name)) is not None}
 
     found = report.new_report("kernels", sys.argv[1:] if argv is None else argv, missing)
     found |= {"seed": SEED, "device": _device_report(device, arguments.chip)}

@@ -390,7 +390,7 @@ def test_libraries_are_called_as_their_interfaces_say(name: str, monkeypatch: py
     for module, fake in LIBRARIES[name]().items():
         monkeypatch.setitem(sys.modules, module, fake)
     monkeypatch.setattr(kernel_rivals, "_demand_gpu", lambda inputs: None)
-    assert kernel_rivals.library_missing(name) is None
+    assert kernel_rivals.why_not_importable(name) is None
     for op in kernels.OPS:
         cell = cell_of(op, dtype="bf16", **{name: kernel_rivals.RIVALS[name]})
         if op in LACKS[name]:
