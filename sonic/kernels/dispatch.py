@@ -5,7 +5,7 @@ can answer. Each backend is a package ``sonic.kernels.<name>`` that is imported 
 reasons: an empty list means that it can serve. Automatic choice takes the first of :func:`backends` that can; a name
 that was insisted on (the ``backend`` argument, or the environment variable ``SONIC_BACKEND``) and cannot serve raises
 with the reasons. A backend may serve some requests only where its name was insisted on, such as Triton's interpreter on
-a CPU. Nothing falls back in silence: automatic choice that ends at the reference on an accelerator warns.
+a CPU; and it may leave some ops to the others (``LEFT_TO_OTHERS``), also where its name was insisted on. Nothing falls back in silence: automatic choice that ends at the reference on an accelerator warns.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def explain(
     request = _imagine(
         op, device.type, arch, dtype, num_tokens * top_k, num_experts, hidden_size, intermediate_size, activation
     )
-    insisted, source = _insisted(where, backend)
+    insisted, source = _insisted(where, request.op, backend)
     reasons = {name: _reasons(name, request, is_insisted=name == insisted) for name in _BACKENDS}
     if insisted is not None:
         chosen = None if reasons[insisted] else insisted
@@ -261,7 +261,7 @@ def select(request: Request, backend: str | None = None, *, warn: bool = True) -
         UnsupportedError: the backend that was insisted on cannot serve, or none can; with every reason.
     """
     where = f"sonic.{request.op}"
-    insisted, source = _insisted(where, backend)
+    insisted, source = _insisted(where, request.op, backend)
     if insisted is not None:
         reasons = _reasons(insisted, request, is_insisted=True)
         if reasons:
@@ -343,14 +343,15 @@ def _imagine(
     return request(dtype, num_rows, num_experts, hidden_size, intermediate_size, told)
 
 
-def _insisted(where: str, backend: str | None) -> tuple[str | None, str]:
-    if backend is not None:
-        check_choice(where, "backend", backend, _BACKENDS)
-        return backend, "backend"
-    name = os.environ.get("SONIC_BACKEND") or None
-    if name is not None:
-        check_choice(where, "SONIC_BACKEND", name, _BACKENDS)
-    return name, "SONIC_BACKEND"
+def _insisted(where: str, op: str, backend: str | None) -> tuple[str | None, str]:
+    """The backend that is insisted on for ``op``, and who says so; None where that backend leaves the op to others."""
+    name, source = (backend, "backend") if backend is not None else (os.environ.get("SONIC_BACKEND"), "SONIC_BACKEND")
+    if not name and backend is None:
+        return None, source
+    check_choice(where, source, name, _BACKENDS)
+    assert name is not None, "one of the names"
+    leaves_it = _is_shipped(name) and op in getattr(_load(name), "LEFT_TO_OTHERS", ())
+    return None if leaves_it else name, source
 
 
 def _reasons(backend: str, request: Request, is_insisted: bool) -> list[str]:

@@ -28,7 +28,6 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import tempfile
 import threading
@@ -43,6 +42,7 @@ import torch
 
 from sonic.simulator import tensors
 from sonic.simulator.errors import SimulatorError, Unsupported
+from sonic.simulator.images import ptx_of_image, register_ptx
 from sonic.simulator.kernel_launch import LaunchConfig, Region
 from sonic.simulator.options import Options
 from sonic.simulator.version import check_version
@@ -131,23 +131,40 @@ def simulate(engine: Engine, options: Any = None, *, num_sms: int = 4, line_info
 def enable_from_environment(variable: str = "SONIC_SIMULATE_HOPPER") -> bool:
     """Open a block of `hopper` for the rest of the process where an environment variable asks for it.
 
+    For code that is about to compile or launch a kernel: it may ask each time, in any thread; the block is opened
+    once. It is the outermost one, so launches inside of a caller's own ``with hopper():`` go on to belong to that.
+    What was compiled before stays as it was compiled.
+
     Args:
         variable: its name; its value is ``1`` for yes, ``0``, empty or not set for no.
 
     Returns:
         whether it asks for it.
+
+    Raises:
+        ValueError: another value.
+        SimulatorError: nvidia-cutlass-dsl is missing or of a version that is not known, or there is no C compiler.
     """
     value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"sonic.simulator: {variable} is {value!r}, expected 0 or 1")
     if value == "1" and not _whole_process:
-        block = hopper()
-        block.__enter__()
-        _whole_process.append(block)
+        with _opening:
+            if not _whole_process:
+                block = hopper()
+                block.__enter__()
+                _open.insert(0, _open.pop())
+                _whole_process.append(block)
     return value == "1"
 
 
+def is_open() -> bool:
+    """Whether a block of `hopper` is open, so that a launch would run here."""
+    return bool(_open)
+
+
 _whole_process: list[Any] = []  # the block that never closes, once it is open
+_opening = threading.Lock()
 
 
 # ---------------------------------------------------------------- the shim: built once, loaded once
@@ -346,61 +363,6 @@ def _count_params(ptx: str, entry: str) -> int:
     if found is None:
         raise SimulatorError(f"sonic.simulator: the PTX of the launched image has no entry {entry}")
     return len(re.findall(r"\.param\b", found[1]))
-
-
-# ---------------------------------------------------------------- images and their PTX
-
-_ptx_of_cubin: dict[bytes, str] = {}  # by digest
-
-
-def _digest(cubin: bytes) -> bytes:
-    # an image may pad a cubin
-    return hashlib.sha256(cubin.rstrip(b"\0")).digest()
-
-
-def register_ptx(cubin: bytes, ptx: str) -> None:
-    """Remember which PTX a cubin was made from."""
-    _ptx_of_cubin[_digest(cubin)] = ptx
-
-
-def ptx_of_image(address: int, entry: str) -> str:
-    """The PTX of a loaded device image, found by the bytes of the cubin inside.
-
-    Args:
-        address: of a fatbin.
-        entry: the kernel to be launched, for the message.
-    """
-    for cubin in cubins_of_fatbin(address):
-        ptx = _ptx_of_cubin.get(_digest(cubin))
-        if ptx is not None:
-            return ptx
-    raise SimulatorError(
-        f"sonic.simulator: the PTX of kernel {entry} is not known: its function was loaded from a file or a cache; "
-        "compile it inside `with sonic.simulator.hopper():`"
-    )
-
-
-_FATBIN_MAGIC = 0xBA55ED50
-_FATBIN_HEADER = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of all entries
-_ENTRY_HEADER = struct.Struct("<HHIQ")  # kind, version, bytes of this header, bytes of the payload
-_CUBIN = 2
-_ELF = b"\x7fELF"
-
-
-def cubins_of_fatbin(address: int) -> list[bytes]:
-    """Read the cubins of a fatbin in memory; entries of another kind and compressed ones are left out."""
-    magic, _, header_bytes, num_bytes = _FATBIN_HEADER.unpack(ctypes.string_at(address, _FATBIN_HEADER.size))
-    if magic != _FATBIN_MAGIC:
-        raise Unsupported(f"sonic.simulator: a device image starts with {magic:#x}, expected a fatbin")
-    entries = ctypes.string_at(address + header_bytes, num_bytes)
-    cubins, at = [], 0
-    while at + _ENTRY_HEADER.size <= len(entries):
-        kind, _, entry_header_bytes, payload_bytes = _ENTRY_HEADER.unpack_from(entries, at)
-        payload = entries[at + entry_header_bytes : at + entry_header_bytes + payload_bytes]
-        if kind == _CUBIN and payload.startswith(_ELF):
-            cubins.append(payload)
-        at += entry_header_bytes + payload_bytes
-    return cubins
 
 
 # ---------------------------------------------------------------- what a block changes in CuTe-DSL

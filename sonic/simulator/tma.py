@@ -179,6 +179,7 @@ def window(memory: GlobalMemory, tensor: TensorMap, coordinates: tuple[int, ...]
         strides.append(stride)
         first += (start + low) * stride
         span += (high - low - 1) * stride
+    first %= 1 << 64  # addresses wrap: a stride may stand for a step back, as ragged tensors have it
     stretch = memory.find(first, span)
     source = np.ndarray(tuple(shape[::-1]), _RAW[tensor.size], stretch.raw, first - stretch.base, tuple(strides[::-1]))
     return Window(source, tuple(place[::-1]), stretch, source.nbytes)

@@ -1,0 +1,79 @@
+"""Hopper kernels in CuTe-DSL: grouped GEMMs that gather, activate and store while the tensor cores work.
+
+One main loop, with a loader for each operand, an epilogue and a schedule that are chosen; proved on a CPU by
+:mod:`sonic.simulator`. Asking whether this backend can serve imports no CuTe-DSL; the first call of an op does.
+
+* ``gemm``: the main loop; ``loaders``, ``epilogues``, ``activations``, ``schedule``: what it is put together from
+* ``config``: tile configurations as data, and the model that chooses among them
+* ``launch``: the ops of :mod:`sonic.kernels.ops`, host side
+* ``compiled``: compiled kernels, in memory and on disk
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+import torch
+
+__all__ = ["LEFT_TO_OTHERS", "tile_rows", "unsupported_reasons"]
+
+LEFT_TO_OTHERS = ("best_of_columns", "build_plan", "combine", "topk_softmax", "topk_softmax_bwd")
+"""Ops that are bound by memory or by latency, where CuTe-DSL has nothing to add: also whoever names this backend gets
+the first of the other backends that can serve them."""
+
+_HOMES = {
+    "down_proj": "launch",
+    "down_proj_bwd_input": "launch",
+    "down_proj_bwd_weight": "launch",
+    "up_proj": "launch",
+    "up_proj_bwd_input": "launch",
+    "up_proj_bwd_weight": "launch",
+}
+_DTYPES = (torch.bfloat16, torch.float16)
+_ARCH = 90
+_ALIGNMENT = 8  # values: 16 bytes, what TMA wants of strides
+
+
+def __getattr__(name: str) -> Any:
+    """The op ``name``; its module, and with it CuTe-DSL, is imported on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def is_simulated() -> bool:
+    """Whether kernels that are launched now run in the simulator."""
+    host = sys.modules.get("sonic.simulator.host")
+    return host is not None and bool(host.is_open())
+
+
+def unsupported_reasons(request: Any) -> list[str]:
+    """Why this backend cannot serve ``request``, a :class:`sonic.kernels.dispatch.Request`; empty: it can."""
+    reasons = []
+    if importlib.util.find_spec("cutlass") is None:
+        reasons.append("CuTe-DSL is not installed (the extra 'cute')")
+    if request.device_type == "cpu":
+        if not is_simulated():
+            reasons.append("needs a Hopper GPU; on a CPU only inside of sonic.simulator.hopper()")
+    elif request.device_type != "cuda":
+        reasons.append(f"has no kernels for {request.device_type}")
+    elif request.arch is not None and request.arch != _ARCH:
+        reasons.append(f"needs compute capability 9.0 (Hopper), this is sm_{request.arch}")
+    if request.op in LEFT_TO_OTHERS:
+        reasons.append(f"leaves {request.op} to the other backends")
+    elif request.dtype not in _DTYPES:
+        reasons.append(f"has no kernels for {str(request.dtype).removeprefix('torch.')}")
+    widths = (request.hidden_size, request.intermediate_size)
+    if any(width % _ALIGNMENT for width in widths):
+        reasons.append(f"needs widths that are multiples of {_ALIGNMENT}, these are {widths[0]} and {widths[1]}")
+    return reasons
+
+
+def tile_rows(request: Any) -> int:
+    """Rows that the up projection's kernel pads each expert to, for this number of rows, experts and widths."""
+    config = importlib.import_module(f"{__name__}.config")
+    rows: int = config.tile_rows(request)
+    return rows
