@@ -132,7 +132,6 @@ class Boxes:
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=place.barrier, number_of_threads=THREADS)
 
-
     @cute.jit
     def commit(self, thread: Int32) -> None:
         """What was stored since the last time is one group, for which :meth:`acquire` waits as a whole."""
@@ -214,7 +213,7 @@ class WeightBoxes(Boxes):
     def put(self, values: cute.Tensor, box: Int32, thread: Int32) -> None:
         """Write a box."""
         if cutlass.const_expr(self.dtype.width == 16):
-            super(WeightBoxes, self).put(values, box, thread)
+            super().put(values, box, thread)
         else:
             for q in cutlass.range_constexpr(self.columns // 8):
                 for j in cutlass.range_constexpr(2):
@@ -229,6 +228,10 @@ class WeightBoxes(Boxes):
             rows = cute.domain_offset((row, column), args[1][None, None, expert])
             target = cute.local_tile(rows, (BOX_ROWS, self.columns), (0, 0))
             source, into = cpasync.tma_partition(
-                args[0], 0, cute.make_layout(1), cute.group_modes(self.tensor(box), 0, 2), cute.group_modes(target, 0, 2)
+                args[0],
+                0,
+                cute.make_layout(1),
+                cute.group_modes(self.tensor(box), 0, 2),
+                cute.group_modes(target, 0, 2),
             )
             cute.copy(args[0], source, into)

@@ -144,9 +144,11 @@ def _filled(config: TileConfig, kind: str) -> TileConfig:
 
 def _candidates() -> Iterator[tuple[str, TileConfig]]:
     # (tile_m, tile_n, pingpong)
-    shapes = [(128, 256, False), (128, 192, True), (128, 128, False), (128, 128, True), (64, 256, True), (64, 128, True)]
+    coop = [(128, 256, False), (128, 128, False)]
+    turns = [(128, 192, True), (128, 128, True), (64, 256, True), (64, 128, True)]
+    narrow = [(128, 64, False)]  # for the gradients of biases
     for kind in KINDS:
-        for tile_m, tile_n, pingpong in shapes:
+        for tile_m, tile_n, pingpong in coop + turns + (narrow if kind == "contraction" else []):
             for cluster_m in (1, 2):
                 registers = (40, 232) if kind != "contraction" else (56, 224)
                 config = TileConfig(tile_m, tile_n, 2, pingpong, cluster_m, 8, *registers)
@@ -197,9 +199,7 @@ def _tile_seconds(config: TileConfig, width_k: float) -> float:
     return max(products, operands) + TILE_SECONDS * (1 - HIDDEN if config.pingpong else 1)
 
 
-def estimate_seconds(
-    config: TileConfig, kind: str, bucket: int, num_experts: int, width_k: int, width_n: int
-) -> float:
+def estimate_seconds(config: TileConfig, kind: str, bucket: int, num_experts: int, width_k: int, width_n: int) -> float:
     """What the model says one grouped GEMM takes.
 
     Args:

@@ -5,8 +5,8 @@ of warp w holds rows ``16 w + l // 4`` and 8 more, of every 8 columns those at `
 per 8 columns in the order (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1).
 
 Steps: :func:`add_row_vector` (bias), :func:`scale_rows` (score), a pair map (activation, derivative; see
-:mod:`sonic.kernels.cute.activations`), :func:`reduce_rows` (dS), and boxes that carry tiles between registers and memory
-(:mod:`sonic.kernels.cute.boxes`).
+:mod:`sonic.kernels.cute.activations`), :func:`reduce_rows` (dS), and boxes that carry tiles between registers and
+memory (:mod:`sonic.kernels.cute.boxes`).
 
 Every epilogue has the same parts: ``host`` makes what travels into the kernel, ``begin`` starts what can be fetched
 while the main loop runs, ``finish`` deals with one block of rows, ``drain`` waits for what is still on its way.
@@ -20,7 +20,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from sonic.kernels.cute.activations import GATED, PLAIN
-from sonic.kernels.cute.boxes import BOX_BYTES, BOX_ROWS, Boxes, RowBoxes, WeightBoxes
+from sonic.kernels.cute.boxes import BOX_BYTES, Boxes, RowBoxes, WeightBoxes
 from sonic.kernels.cute.schedule import Tile
 
 __all__ = ["ActivationPair", "DerivativePair", "Place", "Store", "StoreWeight"]
@@ -53,9 +53,7 @@ class Place(NamedTuple):
 
 
 @cute.jit
-def add_row_vector(
-    values: cute.Tensor, vector: cute.Tensor, first: Int32, step: int, end: Int32, place: Place
-) -> None:
+def add_row_vector(values: cute.Tensor, vector: cute.Tensor, first: Int32, step: int, end: Int32, place: Place) -> None:
     """Add the expert's ``vector[first + step * column]`` to every row, for columns whose entry lies before ``end``.
 
     Rows of no expert get nothing.
@@ -73,7 +71,7 @@ def add_row_vector(
 
 @cute.jit
 def row_values(vector: Any, row: Int32, end: Int32, thread: Int32) -> cute.Tensor:
-    """The entries for this thread's two rows of the block at ``row``; zeros from row ``end`` on, ones without vector."""
+    """The entries of this thread's two rows of the block at ``row``; zeros from ``end`` on; ones without a vector."""
     values = cute.make_rmem_tensor(2, Float32)
     values.fill(1.0)
     if cutlass.const_expr(vector is not None):

@@ -71,7 +71,14 @@ class GroupedGemm:
 
     @cute.jit
     def __call__(
-        self, left: tuple, right: tuple, tensors: tuple, offsets: cute.Tensor, sizes: tuple, num_blocks: Int32, stream: Any
+        self,
+        left: tuple,
+        right: tuple,
+        tensors: tuple,
+        offsets: cute.Tensor,
+        sizes: tuple,
+        num_blocks: Int32,
+        stream: Any,
     ) -> None:
         """Launch.
 
@@ -114,9 +121,7 @@ class GroupedGemm:
         )
 
     @cute.kernel
-    def kernel(
-        self, mma: cute.TiledMma, left_args: tuple, right_args: tuple, epilogue_args: tuple, work: Work
-    ) -> None:
+    def kernel(self, mma: cute.TiledMma, left_args: tuple, right_args: tuple, epilogue_args: tuple, work: Work) -> None:
         """Set the barriers up, then part."""
         config, slots = self.config, self.config.slots
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())

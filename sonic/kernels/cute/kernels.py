@@ -1,20 +1,19 @@
 """Which loaders, epilogue and schedule each kernel is made of: from a key of scalars to a function and its arguments.
 
-=====================  ==================  ======================  ==============  =======================================
+=====================  ==================  ======================  ==============  =====================================
 op                     left                right                   schedule        epilogue
-=====================  ==================  ======================  ==============  =======================================
+=====================  ==================  ======================  ==============  =====================================
 up_proj                X, gathered         W1, k-major             variable rows   bias, activation; H and A
 down_proj              A                   W2, k-major             variable rows   bias, score; Y
-down_proj_bwd_input    dO, gathered        W2, mn-major            variable rows   H, derivative, score; dH, score A, dS
+down_proj_bwd_input    dO, gathered        W2, mn-major            variable rows   H, derivative, score; dH, s A, dS
 up_proj_bwd_input      dH                  W1, mn-major            variable rows   dX rows
-down_proj_bwd_weight   dO, gathered        score A                 contraction     dW2, or added to a main gradient
-up_proj_bwd_weight     dH                  X, gathered             contraction     dW1, or added to a main gradient
-=====================  ==================  ======================  ==============  =======================================
+down_proj_bwd_weight   dO, gathered        s A                     contraction     dW2, or added to a main grad
+up_proj_bwd_weight     dH                  X, gathered             contraction     dW1, or added to a main grad
+=====================  ==================  ======================  ==============  =====================================
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -24,38 +23,13 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from sonic.kernels.cute import epilogues as ep
 from sonic.kernels.cute import loaders
-from sonic.kernels.cute.config import TileConfig
 from sonic.kernels.cute.gemm import GroupedGemm
+from sonic.kernels.cute.keys import KernelKey
 from sonic.kernels.cute.schedule import VariableContraction, VariableRows
 
-__all__ = ["KernelKey", "build"]
+__all__ = ["build"]
 
 DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": cutlass.Float32}
-
-
-@dataclass(frozen=True)
-class KernelKey:
-    """What a compiled kernel depends on: scalars only. Sizes are no part of it.
-
-    Attributes:
-        op: name of the op.
-        config: tile and schedule.
-        dtype: of the operands, ``"bfloat16"`` or ``"float16"``.
-        gathers: rows are named by an index.
-        activation: a name in ``sonic.ACTIVATIONS``; None for ops without one.
-        glu_layout: of a gated activation's H and W1, else None.
-        out_dtype: of what a contraction stores; None: the operands'.
-        flags: which optional tensors there are: ``"h"``, ``"bias"``, ``"scores"``, or ``"adds"`` for a contraction.
-    """
-
-    op: str
-    config: TileConfig
-    dtype: str
-    gathers: bool = False
-    activation: str | None = None
-    glu_layout: str | None = None
-    out_dtype: str | None = None
-    flags: tuple[str, ...] = ()
 
 
 def build(key: KernelKey) -> tuple[GroupedGemm, tuple[Any, ...]]:

@@ -14,8 +14,14 @@ from torch import Tensor
 
 from sonic.kernels.cute import is_simulated
 from sonic.kernels.cute.compiled import compiled
-from sonic.kernels.cute.config import TileConfig, choose, rows_bucket
-from sonic.kernels.cute.kernels import KernelKey
+from sonic.kernels.cute.keys import (
+    BIAS_COLUMNS,
+    GATED_ACTIVATIONS,
+    KernelKey,
+    Sizes,
+    contraction_key,
+    rows_key,
+)
 
 __all__ = [
     "down_proj",
@@ -25,9 +31,6 @@ __all__ = [
     "up_proj_bwd_input",
     "up_proj_bwd_weight",
 ]
-
-_GATED = ("swiglu", "geglu", "reglu", "swiglu_oai")
-_COLUMNS = 8  # of the narrowest matrix whose rows TMA takes: 16 bytes
 
 
 def up_proj(
@@ -43,19 +46,16 @@ def up_proj(
     """H and A; see ``sonic.kernels.ops.up_proj``."""
     width_u, width_d = w1_EUD.shape[1:]
     num_rows = x_TD.shape[0] if token_of_row_R is None else token_of_row_R.shape[0]
-    gated = activation in _GATED
+    gated = activation in GATED_ACTIVATIONS
     h_RU = x_TD.new_empty(num_rows if need_h else 0, width_u)
     a_RN = x_TD.new_empty(num_rows, width_u // 2 if gated else width_u)
-    kind = "up_gated" if gated else "up_plain"
-    config = _config(kind, num_rows, w1_EUD.shape[0], width_d, width_u, x_TD)
     _launch_rows(
-        KernelKey(
+        rows_key(
             "up_proj",
-            config,
-            _name(x_TD),
-            token_of_row_R is not None,
-            activation,
-            glu_layout if gated else None,
+            _sizes(x_TD, num_rows, w1_EUD.shape[0], width_u, width_d),
+            gathers=token_of_row_R is not None,
+            activation=activation,
+            glu_layout=glu_layout,
             flags=_flags(h=need_h, bias=b1_EU),
         ),
         x_TD,
@@ -76,9 +76,9 @@ def down_proj(
     num_experts, width_d, width_n = w2_EDN.shape
     num_rows = a_RN.shape[0]
     y_RD = a_RN.new_empty(num_rows, width_d)
-    config = _config("rows", num_rows, num_experts, width_n, width_d, a_RN)
+    sizes = _sizes(a_RN, num_rows, num_experts, width_d, width_n)
     _launch_rows(
-        KernelKey("down_proj", config, _name(a_RN), flags=_flags(bias=b2_ED, scores=row_scores_R)),
+        rows_key("down_proj", sizes, flags=_flags(bias=b2_ED, scores=row_scores_R)),
         a_RN,
         None,
         w2_EDN,
@@ -110,22 +110,19 @@ def down_proj_bwd_input(
     """
     num_experts, width_d, width_n = w2_EDN.shape
     num_rows, width_u = h_RU.shape
-    gated = activation in _GATED
-    kind = "down_bwd_gated" if gated else "down_bwd_plain"
-    config = _config(kind, num_rows, num_experts, width_d, width_n, dout_TD)
+    key = rows_key(
+        "down_proj_bwd_input",
+        _sizes(dout_TD, num_rows, num_experts, width_n, width_d),
+        gathers=token_of_row_R is not None,
+        activation=activation,
+        glu_layout=glu_layout,
+        flags=_flags(scores=row_scores_R),
+    )
     dh_RU = h_RU.new_empty(num_rows, width_u)
     scaled_a_RN = h_RU.new_empty(num_rows, width_n)
-    part_PR = h_RU.new_empty(-(-width_n // config.tile_n), num_rows, dtype=torch.float32)
+    part_PR = h_RU.new_empty(-(-width_n // key.config.tile_n), num_rows, dtype=torch.float32)
     _launch_rows(
-        KernelKey(
-            "down_proj_bwd_input",
-            config,
-            _name(dout_TD),
-            token_of_row_R is not None,
-            activation,
-            glu_layout if gated else None,
-            flags=_flags(scores=row_scores_R),
-        ),
+        key,
         dout_TD,
         token_of_row_R,
         w2_EDN,
@@ -147,9 +144,8 @@ def up_proj_bwd_input(dh_RU: Tensor, w1_EUD: Tensor, expert_offset_E1: Tensor) -
     num_experts, width_u, width_d = w1_EUD.shape
     num_rows = dh_RU.shape[0]
     dx_RD = dh_RU.new_empty(num_rows, width_d)
-    config = _config("rows", num_rows, num_experts, width_u, width_d, dh_RU)
     _launch_rows(
-        KernelKey("up_proj_bwd_input", config, _name(dh_RU)),
+        rows_key("up_proj_bwd_input", _sizes(dh_RU, num_rows, num_experts, width_d, width_u)),
         dh_RU,
         None,
         w1_EUD,
@@ -235,7 +231,7 @@ def _contract(
         _launch_contraction(op, left, right, index_R, expert_offset_E1, num_rows, out, adds=main_grad is not None)
     if not need_bias:
         return weight, left.new_empty(0, width_m)
-    sums = left.new_empty(num_experts, width_m, _COLUMNS, dtype=torch.float32)
+    sums = left.new_empty(num_experts, width_m, BIAS_COLUMNS, dtype=torch.float32)
     scores = _split_scores(row_scores_R, num_rows, left)
     index_of_left = index_R if gathers_left else None  # the scores stand in order
     _launch_contraction("down_proj_bwd_weight", left, scores, index_of_left, expert_offset_E1, num_rows, sums)
@@ -244,7 +240,7 @@ def _contract(
 
 def _split_scores(row_scores_R: Tensor | None, num_rows: int, like: Tensor) -> Tensor:
     """(R, 8) of the dtype of ``like``: each score as the sum of its first two columns; ones without scores."""
-    columns = like.new_zeros(num_rows, _COLUMNS)
+    columns = like.new_zeros(num_rows, BIAS_COLUMNS)
     if row_scores_R is None:
         columns[:, 0] = 1
         return columns
@@ -285,8 +281,8 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _config(kind: str, num_rows: int, num_experts: int, width_k: int, width_n: int, like: Tensor) -> TileConfig:
-    return choose(kind, rows_bucket(num_rows, num_experts), num_experts, width_k, width_n, _chip(like)).config
+def _sizes(like: Tensor, num_rows: int, num_experts: int, width_n: int, width_k: int) -> Sizes:
+    return Sizes(num_rows, num_experts, width_n, width_k, _name(like), _chip(like))
 
 
 def _chip(like: Tensor) -> str:
@@ -347,13 +343,13 @@ def _launch_contraction(
             out.zero_()
         return
     num_experts, width_m, width_n = out.shape
-    config = _config("contraction", num_rows, num_experts, width_m, width_n, left)
+    sizes = _sizes(left, num_rows, num_experts, width_n, width_m)
+    key = contraction_key(op, sizes, gathers=index_R is not None, out_dtype=_name(out), adds=adds)
+    config = key.config
     tiles = num_experts * -(-width_m // config.tile_m) * -(-width_n // config.tile_n)
     gathers_left = op == "down_proj_bwd_weight"
     _launch(
-        KernelKey(
-            op, config, _name(left), index_R is not None, out_dtype=_name(out), flags=_flags(adds=adds)
-        ),
+        key,
         (_aligned(left), index_R if gathers_left else None),
         (_aligned(right), None if gathers_left else index_R),
         (out,),

@@ -40,6 +40,7 @@ PRODUCERS = 128
 
 CHUNK = 8  # values of one cp.async, 16 bytes
 
+
 def slot_layout(dtype: Any, width: int, slots: int, major: OperandMajorMode) -> cute.ComposedLayout:
     """(width, STEP, slots) in shared memory."""
     kinds = warpgroup.SmemLayoutAtomKind
@@ -83,9 +84,7 @@ class TileRows(Operand):
     def host(self, matrix: cute.Tensor, index: Any) -> tuple:
         """``matrix``: (rows, k)."""
         one = cute.select(self.layout(1), mode=[0, 1])
-        atom, tensor = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), matrix, one, (self.width, STEP)
-        )
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), matrix, one, (self.width, STEP))
         return atom, tensor
 
     @cute.jit
@@ -153,9 +152,7 @@ class RowsAlongK(Operand):
         rows = ragged(matrix)
         turned = cute.make_tensor(rows.iterator, cute.select(rows.layout, mode=[1, 0, 2, 3, 4]))
         one = cute.select(self.layout(1), mode=[0, 1])
-        atom, tensor = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), turned, one, (self.width, STEP)
-        )
+        atom, tensor = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), turned, one, (self.width, STEP))
         return atom, tensor
 
     @cute.jit

@@ -30,6 +30,6 @@ def ragged(matrix: cute.Tensor, parts: int = 1) -> cute.Tensor:
 
 @cute.jit
 def ragged_at(tensor: cute.Tensor, begin: Int32, end: Int32) -> cute.Tensor:
-    """Rows ``begin`` to ``end`` of a tensor by :func:`ragged`: (rows, columns / parts, parts), the first row being 0."""
+    """(rows, columns / parts, parts) of a tensor by :func:`ragged`: its row 0 is ``begin``, it ends before ``end``."""
     left = end - begin
     return cute.domain_offset((_FAR - left, 0, 0), tensor[None, None, None, _FAR, end])

@@ -3,11 +3,12 @@
 Both schedules are static and persistent: cluster c of C takes tiles c, c + C, c + 2 C, … . A tile is a
 :class:`Tile`; :meth:`start` gives the first and :meth:`next` the one after it, until ``tile.exists`` is false.
 
-:class:`VariableRows` orders the tiles expert by expert, so the number of row tiles has to be known of all experts before
-one's own: a warp takes 32 experts at a time, one per lane, and sums their tiles by shuffles. A block never goes back,
-so each batch of 32 is passed once however many tiles there are. Within an expert, ``group_m`` row tiles are walked
-together over all columns, rows fastest: what is in L2 then is ``group_m`` tiles of rows and a few of the weight. After the experts
-come the rows of none, as an expert of their own with number E: their product has no steps, so they come out as zeros.
+:class:`VariableRows` orders the tiles expert by expert, so the number of row tiles has to be known of all experts
+before one's own: a warp takes 32 experts at a time, one per lane, and sums their tiles by shuffles. A block never goes
+back, so each batch of 32 is passed once however many tiles there are. Within an expert, ``group_m`` row tiles are
+walked together over all columns, rows fastest: what is in L2 then is ``group_m`` tiles of rows and a few of the weight.
+After the experts come the rows of none, as an expert of their own with number E: their product has no steps, so they
+come out as zeros.
 
 :class:`VariableContraction` has the same number of tiles for each expert; what varies is how many steps one takes.
 """
