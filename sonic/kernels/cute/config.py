@@ -11,9 +11,9 @@ rest. For every candidate that fits the chip, the model counts
 * memory: weights of the experts, rows in and out, once.
 
 The longest of the three is the time; the shortest time wins, ties going to the larger tile. Peaks and bandwidths are
-those of :data:`sonic.roofline.CHIPS`. Rows per expert enter by their power of two (:func:`rows_bucket`), never exactly,
-so that a varying number of tokens meets few configurations, and so few compilations. What was measured on a chip goes
-before the model: see :func:`tuned`.
+those of :data:`sonic.roofline.CHIPS`. Rows per expert enter only as one of three regimes (:data:`REGIMES`), so that a
+varying number of tokens meets few configurations, and so few compilations: ten to twelve for all kernels of a layer.
+What was measured on a chip goes before the model: see :func:`tuned`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ __all__ = [
     "CANDIDATES",
     "CONSUMERS",
     "KINDS",
+    "REGIMES",
     "Choice",
     "TileConfig",
     "choose",
     "estimate_seconds",
     "invalid_reason",
+    "regime_of",
     "row_tile",
     "rows_bucket",
     "shared_bytes",
@@ -48,6 +50,10 @@ __all__ = [
 KINDS = ("up_gated", "up_plain", "rows", "down_bwd_gated", "down_bwd_plain", "contraction")
 """Kinds of grouped GEMM: ``up_proj`` gated and plain; ``down_proj`` and ``up_proj_bwd_input``; ``down_proj_bwd_input``
 gated and plain; the two ``_bwd_weight`` ops."""
+
+REGIMES = {"few": 24.0, "some": 192.0, "many": 1536.0}
+"""Mean rows per expert that stand for each regime. Few: row tiles of 64. Many: enough that pairs of row tiles waste
+little, so that clusters of two may share the weights where products are what bounds the kernel."""
 
 CONSUMERS = 2
 """Warpgroups that multiply; one more loads."""
@@ -62,6 +68,7 @@ _BOX_BYTES = 64 * 128
 _BARRIER_BYTES = 1024  # the barriers, in front of what is aligned to 1,024
 _CHIP = "H100"
 _MAX_SLOTS = 8
+_MANY = 10  # the bucket of 513 to 1,024 rows per expert: pairs of row tiles add 64 rows on average
 _MIN_SLOTS = 3  # fewer hide too little of a load's latency
 
 
@@ -121,6 +128,8 @@ def invalid_reason(config: TileConfig, kind: str) -> str | None:
         return f"tile_n is {config.tile_n}, expected a multiple of 128: halves of whole boxes"
     if kind == "contraction" and (config.tile_n == 192 or config.cluster_m != 1):
         return "a contraction gathers tiles of 64, 128 or 256 columns, and shares nothing"
+    if kind == "rows" and config.cluster_m != 1:
+        return "its contraction is short: it is bound by what it stores, and pairs of row tiles only waste rows"
     if config.cluster_m not in (1, 2):
         return f"cluster_m is {config.cluster_m}, expected 1 or 2"
     if config.slots < 2:
@@ -169,24 +178,26 @@ def rows_bucket(num_rows: int, num_experts: int) -> int:
     return max(0, math.ceil(math.log2(max(num_rows, 1) / max(num_experts, 1))))
 
 
-def _mean_rows(bucket: int) -> float:
-    """What a bucket stands for: the middle of its rows."""
-    return 0.75 * 2.0**bucket if bucket else 1.0
-
-
 @functools.cache
 def row_tile(bucket: int) -> int:
     """M for experts of this bucket of rows, 64 or 128: the tile whose padded rows cost least.
 
     A tile of M by 128 by 1,024 takes the longer of its products and of its operands from L2, and the time of any tile.
     """
-    mean = _mean_rows(bucket)
+    mean = 0.75 * 2.0**bucket if bucket else 1.0  # the middle of the bucket's rows
 
     def cost(tile: int) -> float:
         padded = max(float(tile), mean + (tile - 1) / 2)
         return padded / tile * _tile_seconds(TileConfig(tile, 256, 2), 1024)
 
     return min((128, 64), key=cost)
+
+
+def regime_of(bucket: int) -> str:
+    """The key in :data:`REGIMES` for a bucket of rows per expert."""
+    if row_tile(bucket) == 64:
+        return "few"
+    return "some" if bucket < _MANY else "many"
 
 
 def _tile_seconds(config: TileConfig, width_k: float) -> float:
@@ -199,36 +210,37 @@ def _tile_seconds(config: TileConfig, width_k: float) -> float:
     return max(products, operands) + TILE_SECONDS * (1 - HIDDEN if config.pingpong else 1)
 
 
-def estimate_seconds(config: TileConfig, kind: str, bucket: int, num_experts: int, width_k: int, width_n: int) -> float:
+def estimate_seconds(
+    config: TileConfig, kind: str, mean_rows: float, num_experts: int, width_k: int, width_n: int
+) -> float:
     """What the model says one grouped GEMM takes.
 
     Args:
         config: the candidate.
         kind: one of :data:`KINDS`.
-        bucket: of rows per expert, see :func:`rows_bucket`.
+        mean_rows: per expert.
         num_experts: E.
         width_k, width_n: contraction and columns of the product; for a contraction over rows its two widths.
     """
     chip = CHIPS[_CHIP]
-    mean = _mean_rows(bucket)
     rows = config.tile_m * config.cluster_m
     columns = math.ceil(width_n / config.tile_n)
     if kind == "contraction":
         tiles = num_experts * math.ceil(width_k / config.tile_m) * columns
-        steps = math.ceil(mean / _STEP) * _STEP
+        steps = math.ceil(mean_rows / _STEP) * _STEP
     else:
-        row_tiles = max(1.0, (mean + (rows - 1) / 2) / rows) * config.cluster_m
+        row_tiles = max(1.0, (mean_rows + (rows - 1) / 2) / rows) * config.cluster_m
         tiles = math.ceil(num_experts * row_tiles) * columns
         steps = math.ceil(width_k / _STEP) * _STEP
     units = chip.num_compute_units
     waves = tiles / units if tiles > 8 * units else math.ceil(tiles / units)
-    moved = 2 * num_experts * (mean * (width_k + width_n) + width_k * width_n)
+    moved = 2 * num_experts * (mean_rows * (width_k + width_n) + width_k * width_n)
     return max(waves * _tile_seconds(config, steps), moved / chip.memory_bytes_per_second)
 
 
 @functools.cache
 def tuned(chip: str) -> dict[str, dict[str, Any]]:
-    """Measured choices for a chip: ``"kind/bucket/E/K/N"`` -> fields of a :class:`TileConfig`; empty if there are none.
+    """Measured choices for a chip: ``"kind/regime/E/K/N"`` -> fields of a :class:`TileConfig`; empty if there are none.
 
     They lie as ``tuned/<chip>.json`` beside this file, with chip, date and versions under ``"measured"``.
     """
@@ -244,7 +256,9 @@ def choose(kind: str, bucket: int, num_experts: int, width_k: int, width_n: int,
     """The configuration that a kernel of this kind and size runs with, and where it comes from.
 
     Args:
-        kind, bucket, num_experts, width_k, width_n: as in :func:`estimate_seconds`.
+        kind: one of :data:`KINDS`.
+        bucket: of rows per expert, see :func:`rows_bucket`.
+        num_experts, width_k, width_n: as in :func:`estimate_seconds`.
         chip: whose measurements go before the model.
 
     Raises:
@@ -255,17 +269,21 @@ def choose(kind: str, bucket: int, num_experts: int, width_k: int, width_n: int,
     check_positive(where, num_experts=num_experts, width_k=width_k, width_n=width_n)
     if bucket < 0:
         raise argument_error(where, "bucket", bucket, "at least 0")
-    measured = tuned(chip).get(f"{kind}/{bucket}/{num_experts}/{width_k}/{width_n}")
+    regime = regime_of(bucket)
+    if kind == "contraction" or (kind == "rows" and regime == "some"):
+        regime = "many"  # one has no row tiles, the other no clusters, to waste rows by
+    measured = tuned(chip).get(f"{kind}/{regime}/{num_experts}/{width_k}/{width_n}")
     if measured is not None:
         config = TileConfig(**measured)
         reason = invalid_reason(config, kind)
         assert reason is None, f"a measured configuration is not valid: {reason}"
         return Choice(config, f"measured on {chip}")
+    clusters = (1, 2) if regime == "many" else (1,)
     tile = row_tile(bucket)
-    fitting = [c for c in CANDIDATES[kind] if kind == "contraction" or c.tile_m == tile]
+    fitting = [c for c in CANDIDATES[kind] if c.cluster_m in clusters and (kind == "contraction" or c.tile_m == tile)]
 
     def cost(config: TileConfig) -> tuple[float, int]:
-        seconds = estimate_seconds(config, kind, bucket, num_experts, width_k, width_n)
+        seconds = estimate_seconds(config, kind, REGIMES[regime], num_experts, width_k, width_n)
         return seconds, -config.tile_m * config.tile_n
 
     return Choice(min(fitting, key=cost), "model")
