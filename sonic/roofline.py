@@ -1,9 +1,9 @@
 """FLOPs, bytes and least time of every op on a named chip.
 
 Letters as in :mod:`sonic.shapes`; i bytes per value of a matrix, s bytes per score (4; 8 in float64), E' experts that
-at least one row reaches, G rows of a gathered operand that come from memory (below), R' rows with tile padding; in
-brackets what only a bias adds, in braces the bytes of routing data; topk_softmax_bwd swaps reads and writes;
-best_of_columns chooses R pairs, as expert choice does:
+at least one row reaches, G rows of a gathered operand that come from memory (below), R' rows with tile padding, C runs
+of tokens that are counted apart; in brackets what only a bias adds, in braces the bytes of routing data;
+topk_softmax_bwd swaps reads and writes, without C; best_of_columns chooses R pairs, as expert choice does:
 
 ====================  ========  ==================================================  ===========================
 op                    FLOP      bytes read                                          bytes written
@@ -16,7 +16,7 @@ down_proj_bwd_input   2 R' D N  i (G D + R U + E' D N [+ E' D]) + s R           
 down_proj_bwd_weight  2 R D N   i (G D + R N) [+ s R] + {4 R + 4 (E + 1)}           i (E D N [+ E D])
 up_proj_bwd_input     2 R' U D  i (R U + E' U D) + {4 (E + 1)}                      i R D
 up_proj_bwd_weight    2 R U D   i (G D + R U) + {4 R + 4 (E + 1)}                   i (E U D [+ E U])
-topk_softmax          0         s T E                                               2 s T K + {4 T K}
+topk_softmax          0         s T E                                               2 s T K + {4 T K + 4 E C}
 best_of_columns       0         s T E                                               {16 R}
 build_plan            0         {4 R} (8 R from pairs)                              {12 R + 4 (E + T + 2)}
 ====================  ========  ==================================================  ===========================
@@ -99,8 +99,7 @@ class Chip:
 def _peaks(half: float, tf32: float, fp32: float, fp64: float, fp8: float | None = None) -> dict[str, float]:
     """FLOP/s by dtype, from TFLOP/s."""
     peaks = {"bfloat16": half, "float16": half, "tfloat32": tf32, "float32": fp32, "float64": fp64}
-    if fp8 is not None:
-        peaks["float8"] = fp8
+    peaks |= {} if fp8 is None else {"float8": fp8}
     return {dtype: tera * 1e12 for dtype, tera in peaks.items()}
 
 
@@ -216,8 +215,7 @@ class Layer:
             self._check_counts(where)
         elif self.active_experts is not None:
             check_positive(where, active_experts=self.active_experts)
-            most = min(self.num_experts, self.num_rows)
-            if not self.top_k <= self.active_experts <= most:
+            if not (most := min(self.num_experts, self.num_rows)) >= self.active_experts >= self.top_k:
                 wanted = f"top_k to min(num_experts, num_tokens * top_k): {self.top_k} to {most}"
                 raise argument_error(where, "active_experts", self.active_experts, wanted)
 
@@ -349,9 +347,12 @@ def _bwd_weight(layer: Layer, width: int, bias_width: int) -> Cost:
     )
 
 
-def _topk_softmax(layer: Layer) -> Cost:
-    written = (2 * layer.score_bytes + 4) * layer.num_tokens * layer.top_k
-    return Cost(0, layer.score_bytes * layer.num_tokens * layer.num_experts, written)
+def _topk_softmax(layer: Layer, is_bwd: bool = False) -> Cost:
+    table, chosen = layer.score_bytes * layer.num_experts, (2 * layer.score_bytes + 4) * layer.top_k
+    read, written = layer.num_tokens * table, layer.num_tokens * chosen
+    tokens_per_run = 1 << max(256 // layer.top_k, 1).bit_length() - 1  # as sonic.kernels.ops has it
+    load = 4 * layer.num_experts * -(-layer.num_tokens // tokens_per_run)
+    return Cost(0, written, read) if is_bwd else Cost(0, read, written + load)
 
 
 def _build_plan(layer: Layer) -> Cost:
@@ -375,7 +376,7 @@ _COSTS: dict[str, Callable[[Layer], Cost]] = {
     "experts": lambda layer: _total(_pass_costs(layer, "forward")),
     "experts_bwd": lambda layer: _total(_pass_costs(layer, "backward")),
     "topk_softmax": _topk_softmax,
-    "topk_softmax_bwd": lambda layer: Cost(0, _topk_softmax(layer).bytes_written, _topk_softmax(layer).bytes_read),
+    "topk_softmax_bwd": lambda layer: _topk_softmax(layer, is_bwd=True),
     "best_of_columns": lambda layer: Cost(0, _topk_softmax(layer).bytes_read, 16 * layer.num_rows),
     "build_plan": _build_plan,
 }
@@ -383,14 +384,16 @@ OPS = tuple(_COSTS)
 _SINGLE_OPS = tuple(op for op in OPS if not op.startswith("experts"))
 
 
-def _pass_costs(layer: Layer, passes: str) -> list[tuple[str, Cost]]:
-    """Each op that the experts run, in order, with its cost."""
-    costs = [] if passes == "backward" else [(op, _COSTS[op](layer)) for op in ("up_proj", "down_proj", "combine")]
+def _pass_costs(layer: Layer, passes: str, with_routing: bool = False) -> list[tuple[str, Cost]]:
+    """Each op that the experts run, in order, with its cost; with those of routing before and after."""
+    ops = (*(("topk_softmax", "build_plan") if with_routing else ()), "up_proj", "down_proj", "combine")
+    costs = [(op, _COSTS[op](layer)) for op in ops if passes != "backward"]
     if passes != "forward":
         if not layer.need_h:
             costs.append(("up_proj", _up_proj(layer, need_h=True)))
         costs += [(op, _COSTS[op](layer)) for op in OPS if "_bwd_" in op]
         costs.append(("combine", _combine(layer, scored=False)))
+        costs += [("topk_softmax_bwd", _topk_softmax(layer, is_bwd=True))] if with_routing else []
     return costs
 
 
@@ -501,8 +504,8 @@ def layer_bound(layer: Layer, chip: Chip | str, passes: str = "both", *, with_ro
         layer: sizes and options; its dtype is the one computed in.
         chip: a name in :data:`CHIPS`, or a chip of your own.
         passes: ``"forward"``, ``"backward"`` or ``"both"``.
-        with_routing: ``topk_softmax`` and ``build_plan`` come before the forward pass (not the router's own product);
-            with ``"backward"`` it changes nothing.
+        with_routing: ``topk_softmax`` and ``build_plan`` come before the forward pass, ``topk_softmax_bwd`` after the
+            backward pass; not the router's own products.
 
     Raises:
         ValueError: unknown chip or pass; a dtype that the chip has no figure for.
@@ -510,12 +513,9 @@ def layer_bound(layer: Layer, chip: Chip | str, passes: str = "both", *, with_ro
     where = "sonic.roofline.layer_bound"
     check_choice(where, "passes", passes, ("forward", "backward", "both"))
     _peak(where, _chip_named(where, chip), layer.dtype)
-    costs = _pass_costs(layer, passes)
-    if with_routing and passes != "backward":
-        costs = [(op, _COSTS[op](layer)) for op in ("topk_softmax", "build_plan")] + costs
     bounds = [
         OpBound(op, cost, bound_time(cost, chip, layer.dtype), bounded_by(cost, chip, layer.dtype))
-        for op, cost in costs
+        for op, cost in _pass_costs(layer, passes, with_routing)
     ]
     useful = _total(_pass_costs(replace(layer, tile_rows=1, need_h=True), passes))
     return Bound(tuple(bounds), useful.flops)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import sonic
 from sonic.layers import set_aux_loss_scale
 from sonic.routing import TopKRouter, attach_loss, load_balancing_loss, reset_load, router_z_loss, sequence_load
+from sonic.routing import topk as topk_module
 
 T, D, E, K = 29, 8, 7, 2
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -195,6 +196,27 @@ def test_router_balances_each_sequence(score_function: str) -> None:
     for got, want in zip(gradient(routing.aux_loss, *leaves), gradient(wanted, *leaves), strict=True):
         assert error(got, want) <= 1e-12
     assert router(torch.randn(0, D, dtype=torch.float64)).aux_loss == 0  # no token, no sequence
+
+
+@pytest.mark.parametrize(("length", "is_whole_runs"), [(128, True), (256, True), (96, False)])
+def test_sequences_of_whole_runs_are_not_counted_again(
+    length: int, is_whole_runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice counted them; K = 2, so in runs of 128 tokens."""
+    counted: list[int] = []
+
+    def watched(expert_TK: Tensor, num_sequences: int, num_experts: int) -> Tensor:
+        counted.append(num_sequences)
+        return sequence_load(expert_TK, num_sequences, num_experts)
+
+    monkeypatch.setattr(topk_module, "sequence_load", watched)
+    router = TopKRouter(D, E, 2, dtype=torch.float64, aux_loss_type="sequence", aux_loss_coeff=0.3)
+    x_TD = torch.randn(768, D, dtype=torch.float64)
+    routing = router(x_TD, sequence_length=length)
+    wanted = 0.3 * sequence_formula(x_TD @ router.weight.t(), routing.expert_index, length, "softmax")
+    assert error(routing.aux_loss, wanted) <= 1e-13 and bool(counted) is not is_whole_runs
+    assert error(*gradient(routing.aux_loss, router.weight), *gradient(wanted, router.weight)) <= 1e-12
+    assert router(x_TD[:0], sequence_length=length).aux_loss == 0
 
 
 def global_router(**options: Any) -> TopKRouter:

@@ -41,7 +41,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     R, U, N, D = plan.num_rows, w1.shape[1], w2.shape[2], x.shape[1]
     rows, h, a, y = (torch.randn(R, width).to(dtype) for width in (D, U, N, D))
     logits = torch.randn(6, 3).to(dtype)
-    _, chosen, prob = ops.topk_softmax(logits, 2)
+    _, chosen, prob, load = ops.topk_softmax(logits, 2)
     expert = problem.expert_index.reshape(-1)
     pairs = torch.arange(6).repeat_interleave(2)
     return {
@@ -81,6 +81,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "best_of_columns-nothing": (logits, None, [0, 0, 0]),
         "build_plan": (expert, pairs, 6, 3),
         "build_plan-optional-none": (expert.int(), None, 6, 3),
+        "build_plan-load": (chosen.flatten(), None, logits.shape[0], 3, load),
     }
 
 

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from sonic import RoutingPlan
+from sonic.kernels import ops
+from sonic.kernels.ops import tokens_per_run
 from sonic.kernels.reference.routing import build_plan, topk_softmax
 from sonic.routing import RoutingMetrics
 
@@ -42,6 +44,15 @@ def random_topk(num_tokens: int, num_experts: int, top_k: int, skew: str = "even
     elif skew == "one":
         liking_TE[:, num_experts // 2] += 1
     return liking_TE.argsort(dim=1, descending=True)[:, :top_k]
+
+
+def load_of(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """What ``topk_softmax`` counts: (E, C), as a sum over the pairs one by one."""
+    run = tokens_per_run(expert_TK.shape[1])
+    load_EC = torch.zeros(num_experts, -(-expert_TK.shape[0] // run), dtype=torch.int32)
+    for token, experts in enumerate(expert_TK.tolist()):
+        load_EC[experts, token // run] += 1
+    return load_EC
 
 
 def pairs_of(expert_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,6 +300,51 @@ def test_padding_to_tiles(counts: list[int], tile: int, data: st.DataObject) -> 
     torch.testing.assert_close(load, torch.tensor(max(counts) * len(counts) / sum(counts) if sum(counts) else 1.0))
 
 
+def test_runs_hold_at_most_256_slots_and_divide_sequences() -> None:
+    for top_k in range(1, 600):
+        run = tokens_per_run(top_k)
+        assert run & (run - 1) == 0 and (run * top_k <= 256 < 2 * run * top_k or run == 1)
+
+
+def test_plans_of_a_load_that_is_known() -> None:
+    expert_TK = random_topk(150, 6, 4)
+    wanted, load_EC = RoutingPlan.from_topk(expert_TK, 6), load_of(expert_TK, 6)
+    plan = RoutingPlan.from_topk(expert_TK, 6, load=load_EC)
+    assert all(torch.equal(getattr(plan, name), getattr(wanted, name)) for name in ARRAYS)
+    assert torch.equal(plan.tokens_per_expert(), load_EC.sum(1))
+    load_EC[:2, 0] += torch.tensor([1, -1])
+    with pytest.raises(ValueError, match=r"^sonic\.RoutingPlan: load is not that of expert_index, expected what topk"):
+        RoutingPlan.from_topk(expert_TK, 6, load=load_EC)
+    with Pretend(), pytest.raises(RuntimeError, match="load is not that of expert_index"):
+        build_plan(expert_TK.reshape(-1), None, 150, 6, load_EC, 64)
+
+
+@pytest.mark.parametrize(
+    ("load", "pairs", "message"),
+    [
+        (torch.zeros(6, 2, dtype=torch.int32), False, r"load_EC is \(6, 2\), expected \(E, C\) = \(6, 3\)"),
+        (torch.zeros(5, 3, dtype=torch.int32), False, r"load_EC is \(5, 3\), expected \(E, C\) = \(6, 3\)"),
+        (torch.zeros(6, 3), False, "load_EC is float32, expected int32"),
+        (torch.zeros(6, 3, dtype=torch.int32, device="meta"), False, "load_EC is on meta, expected on cpu"),
+        (torch.zeros(6, 3, dtype=torch.int32), True, "load_EC is a tensor, expected None with token_of_slot_P"),
+    ],
+)
+def test_a_load_of_another_form_is_refused(load: Any, pairs: bool, message: str) -> None:
+    expert_P = random_topk(150, 6, 4).reshape(-1)
+    token_P = torch.arange(150).repeat_interleave(4) if pairs else None
+    with pytest.raises(ValueError, match=f"^sonic.build_plan: {message}"):
+        ops.build_plan(expert_P, token_P, 150, 6, load)
+
+
+@pytest.mark.parametrize(
+    ("load", "was"),
+    [([0] * 6, "a list"), (torch.zeros(6, dtype=torch.int32), r"\(6,\)"), (torch.zeros(5, 3), r"\(5, 3\)")],
+)
+def test_from_topk_refuses_what_is_no_load(load: Any, was: str) -> None:
+    with pytest.raises(ValueError, match=f"^sonic.RoutingPlan.from_topk: load is {was}, expected "):
+        RoutingPlan.from_topk(random_topk(150, 6, 4), 6, load=load)
+
+
 def test_repr_tells_sizes() -> None:
     plan = RoutingPlan.from_topk(torch.tensor([[0, 1], [1, 2], [3, 0]]), 5)
     assert repr(plan) == "RoutingPlan(num_tokens=3, num_experts=5, num_rows=6, device='cpu')"
@@ -350,10 +406,13 @@ def test_building_on_a_gpu_waits_for_nothing(shape: tuple[int, int, int, str], s
     token_P, expert_P = pairs_of(expert_TK)
     order_P = torch.randperm(token_P.shape[0])
     token_P, expert_P = token_P[order_P], expert_P[order_P]
+    load_EC, run = load_of(expert_TK, num_experts), tokens_per_run(expert_TK.shape[1])
     with Pretend():
         from_topk = build_plan(expert_TK.reshape(-1), None, num_tokens, num_experts)
         from_pairs = build_plan(expert_P, token_P, num_tokens, num_experts)
+        by_load = build_plan(expert_TK.reshape(-1), None, num_tokens, num_experts, load_EC, run)
     for arrays, wanted in (
+        (by_load, RoutingPlan.from_topk(expert_TK, num_experts)),
         (from_topk, RoutingPlan.from_topk(expert_TK, num_experts)),
         (from_pairs, RoutingPlan.from_pairs(token_P, expert_P, num_tokens, num_experts)),
     ):
@@ -366,7 +425,7 @@ def test_figures_on_a_gpu_wait_for_nothing() -> None:
     with Pretend():
         metrics = RoutingMetrics(plan)
         figures = [*dict(metrics).values(), metrics.padding_waste(16)]
-        topk_softmax(torch.randn(3, 4), 2, "softmax", True, False, 1.0, None, 1, 1)
+        topk_softmax(torch.randn(3, 4), 2, "softmax", True, False, 1.0, None, 1, 1, 128)
     assert len(figures) == 9
 
 

@@ -132,7 +132,7 @@ class TestNumbersWrittenOut:
             ("down_proj_bwd_weight", 1280, 2 * (160 + 80) + 80 + 24, 2 * 160),
             ("up_proj_bwd_input", 2560, 2 * (160 + 320) + 24, 2 * 160),
             ("up_proj_bwd_weight", 2560, 2 * (160 + 160) + 80 + 24, 2 * 320),
-            ("topk_softmax", 0, 4 * 50, 3 * 4 * 20),
+            ("topk_softmax", 0, 4 * 50, 3 * 4 * 20 + 4 * 5),
             ("topk_softmax_bwd", 0, 3 * 4 * 20, 4 * 50),
             ("build_plan", 0, 4 * 20, 24 + 3 * 80 + 44),
             ("experts", 3840, 1064 + 504 + 524, 480 + 320 + 160),
@@ -172,6 +172,8 @@ class TestNumbersWrittenOut:
             ({"tokens_per_expert": (4, 4, 4, 4, 4), "tile_rows": 8}, "up_proj_bwd_input", Cost(20 * 128, 0, 0)),
             ({"tokens_per_expert": (4, 4, 4, 4, 4), "tile_rows": 8}, "up_proj_bwd_weight", Cost()),
             ({"tokens_per_expert": (4, 4, 4, 4, 3)}, "build_plan", Cost(0, 8 * 19 - 80, -12)),
+            ({"num_tokens": 129}, "topk_softmax", Cost(0, 4 * 5 * 119, 12 * 2 * 119 + 4 * 5)),  # a second run
+            ({"top_k": 3, "num_tokens": 129}, "topk_softmax", Cost(0, 4 * 5 * 119, 12 * (387 - 20) + 2 * 4 * 5)),
         ],
     )
     def test_of_each_option(self, options: dict[str, Any], op: str, more: Cost) -> None:
@@ -232,8 +234,13 @@ class TestSums:
     def test_bounds_are_sums_of_times(self, layer: Layer, chip: str, with_routing: bool) -> None:
         forward, backward = (roofline.layer_bound(layer, chip, name) for name in ("forward", "backward"))
         both = roofline.layer_bound(layer, chip, with_routing=with_routing)
-        routing = roofline.layer_bound(layer, chip, "forward", with_routing=with_routing).seconds - forward.seconds
-        assert both.seconds == pytest.approx(forward.seconds + backward.seconds + routing)
+        routed = [
+            roofline.layer_bound(layer, chip, name, with_routing=with_routing) for name in ("forward", "backward")
+        ]
+        assert both.seconds == pytest.approx(sum(bound.seconds for bound in routed))
+        assert both.ops == routed[0].ops + routed[1].ops
+        experts = [op for op in both.ops if op.op not in ("topk_softmax", "build_plan", "topk_softmax_bwd")]
+        assert experts == [*forward.ops, *backward.ops]
         assert forward.cost == roofline.op_cost("experts", layer)
         assert backward.cost == roofline.op_cost("experts_bwd", layer)
         assert both.useful_flops == forward.useful_flops + backward.useful_flops
@@ -243,6 +250,7 @@ class TestSums:
             assert op.seconds == roofline.bound_time(op.cost, chip, layer.dtype)
         names = [op.op for op in both.ops]
         assert (names[:2] == ["topk_softmax", "build_plan"]) is with_routing
+        assert (names[-1] == "topk_softmax_bwd") is with_routing and len(names) == len(experts) + 3 * with_routing
         assert names.count("up_proj") == (1 if layer.need_h else 2) and names.count("combine") == 2
 
     @given(*[st.builds(Cost, *[st.integers(0, 10**15)] * 3)] * 3)
@@ -399,7 +407,7 @@ def test_bytes_are_those_of_the_tensors_of_real_calls(
     call("up_proj_bwd_input", dh, problem.w1, offset)
     call("up_proj_bwd_weight", dh, problem.x, token, offset, True, bias)
     logits = torch.randn(T, E, dtype=torch.promote_types(dtype, torch.float32))
-    scores, expert, prob = call("topk_softmax", logits, K)
+    scores, expert, prob, _ = call("topk_softmax", logits, K)
     call("topk_softmax_bwd", scores, expert, prob, None, E)
     call("best_of_columns", logits, None, plan.tokens_per_expert().tolist())
     call("build_plan", expert.reshape(-1), None, T, E)

@@ -21,6 +21,8 @@ from sonic.routing import TopKRouter, topk_scores
 from tests.helpers import short
 
 pytest.importorskip("triton")
+from sonic.kernels.triton import plan as plan_kernels  # noqa: E402  (imports Triton)
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities that are then masked
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,10 +44,20 @@ every_size = pytest.mark.parametrize(("T", "E", "K"), SIZES)
 
 
 def topk(logits_TE: Tensor, *args: Any, backend: str = "triton", **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The op on the device that Triton has; results on the CPU."""
+    """The op on the device that Triton has; results on the CPU. Its load is held against the experts each time."""
     args = tuple(arg.to(DEVICE) if isinstance(arg, Tensor) else arg for arg in args)
-    scores_TK, expert_TK, prob_TK = ops.topk_softmax(logits_TE.to(DEVICE), *args, **options, backend=backend)
-    return scores_TK.cpu(), expert_TK.cpu(), prob_TK.cpu()
+    *results, load_EC = ops.topk_softmax(logits_TE.to(DEVICE), *args, **options, backend=backend)
+    scores_TK, expert_TK, prob_TK = (result.cpu() for result in results)
+    assert load_EC.dtype == torch.int32 and load_EC.is_contiguous()
+    assert torch.equal(load_EC.cpu(), counted(expert_TK, logits_TE.shape[1]))
+    return scores_TK, expert_TK, prob_TK
+
+
+def counted(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """The load, run by run."""
+    runs = expert_TK.split(ops.tokens_per_run(expert_TK.shape[1])) if expert_TK.shape[0] else ()
+    loads = [torch.bincount(run.reshape(-1), minlength=num_experts).int() for run in runs]
+    return torch.stack(loads, dim=1) if loads else torch.empty(num_experts, 0, dtype=torch.int32)
 
 
 def topk_bwd(*args: Any, backend: str = "triton") -> Tensor:
@@ -149,6 +161,30 @@ def test_every_expert_can_be_chosen(score: tuple[str, bool, bool]) -> None:
     scores_TK, expert_TK, _ = topk(logits_TE, 37, *score)
     assert torch.equal(expert_TK.long(), best_first(logits_TE, 37))
     assert error(scores_TK, score_formula(logits_TE.double(), expert_TK, score, 1.0)) <= 5e-7 * ULPS
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("T", "E", "K", "num_groups"),
+    [
+        pytest.param(0, 5, 2, 1, id="no token"),
+        pytest.param(301, 7, 2, 1, id="three runs of 128, the last one shorter"),
+        pytest.param(129, 11, 3, 1, id="runs of 64, E prime"),
+        pytest.param(64, 6, 6, 3, id="two whole runs of 32, K = E"),
+        pytest.param(3, 300, 260, 1, id="a run for each token"),
+        pytest.param(257, 1, 1, 1, id="one expert, a token more than a run"),
+    ],
+)
+def test_the_load_of_each_run_is_counted(T: int, E: int, K: int, num_groups: int, backend: str) -> None:
+    logits_TE, bias_E = torch.randn(T, E).to(DEVICE), torch.randn(E).to(DEVICE)
+    options = (K, "sigmoid", False, True, 2.5, bias_E, num_groups, num_groups)
+    _, expert_TK, _, load_EC = ops.topk_softmax(logits_TE, *options, backend=backend)
+    assert torch.equal(load_EC.cpu(), counted(expert_TK.cpu(), E))
+    assert torch.equal(load_EC.sum(1).cpu(), torch.bincount(expert_TK.cpu().reshape(-1), minlength=E))
+    assert load_EC.shape[1] == -(-T // ops.tokens_per_run(K)) and load_EC.sum() == T * K
+    others = logits_TE.new_tensor(0.0).expand(T, E)  # all choose alike: every program adds to the same experts
+    *_, load_EC = ops.topk_softmax(others, *options, backend=backend)
+    assert sorted(load_EC.sum(1).tolist()) == [0] * (E - K) + [T] * K
 
 
 @every_score
@@ -300,6 +336,26 @@ def test_gradients_are_those_of_autograd(T: int, E: int, K: int, score: tuple[st
         assert (dlogits_TE[~is_chosen_TE] == 0).all()
 
 
+def test_a_router_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan takes the load from the choice: nothing counts the experts again."""
+    launched: list[str] = []
+    launch = plan_kernels.launch
+
+    def watched(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(plan_kernels, "launch", watched)
+    router = TopKRouter(16, 10, 3, enable_expert_bias=True, aux_loss_coeff=0.1, device=DEVICE, backend="triton")
+    routing = router(torch.randn(70, 16, device=DEVICE))
+    assert launched == ["place_kernel", "find_again_kernel"]
+    count_E = torch.bincount(routing.expert_index.reshape(-1), minlength=10)
+    assert torch.equal(routing.plan.tokens_per_expert(), count_E) and torch.equal(router.load, count_E)
+    wanted = RoutingPlan.from_topk(routing.expert_index, 10, backend="triton")
+    assert launched[2:] == ["count_kernel", "place_kernel", "find_again_kernel"]
+    assert torch.equal(routing.plan.row_by_token_R, wanted.row_by_token_R)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=short)
 def test_a_router_on_this_backend(dtype: torch.dtype) -> None:
     """Gradients of tokens and weight, with the logits computed again, beside those of the reference."""
@@ -357,7 +413,7 @@ def test_float64_is_left_to_the_reference() -> None:
     logits_TE = torch.randn(3, 4, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="has no kernels for float64"):
         ops.topk_softmax(logits_TE, 2, backend="triton")
-    _, expert_TK, prob_TK = ops.topk_softmax(logits_TE, 2, backend="reference")
+    _, expert_TK, prob_TK, _ = ops.topk_softmax(logits_TE, 2, backend="reference")
     with pytest.raises(ValueError, match="has no kernels for float64"):
         ops.topk_softmax_bwd(prob_TK, expert_TK, prob_TK, None, 4, backend="triton")
 
@@ -365,14 +421,18 @@ def test_float64_is_left_to_the_reference() -> None:
 # ---------------------------------------------------------------- plans
 
 
-def plan_of(expert: Tensor, token: Tensor | None, num_tokens: int, num_experts: int) -> tuple[Tensor, ...]:
-    token = None if token is None else token.to(DEVICE)
-    arrays = ops.build_plan(expert.to(DEVICE), token, num_tokens, num_experts, backend="triton")
+def plan_of(
+    expert: Tensor, token: Tensor | None, num_tokens: int, num_experts: int, load: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    token, load = (None if one is None else one.to(DEVICE) for one in (token, load))
+    arrays = ops.build_plan(expert.to(DEVICE), token, num_tokens, num_experts, load, backend="triton")
     return tuple(array.cpu() for array in arrays)
 
 
-def assert_is_that_of_the_reference(expert: Tensor, token: Tensor | None, num_tokens: int, num_experts: int) -> None:
-    got = plan_of(expert, token, num_tokens, num_experts)
+def assert_is_that_of_the_reference(
+    expert: Tensor, token: Tensor | None, num_tokens: int, num_experts: int, load: Tensor | None = None
+) -> None:
+    got = plan_of(expert, token, num_tokens, num_experts, load)
     wanted = ops.build_plan(expert.cpu(), token, num_tokens, num_experts, backend="reference")
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.dtype == torch.int32 and mine.is_contiguous() and torch.equal(mine, theirs)
@@ -415,6 +475,33 @@ def test_plans_of_pairs(T: int, E: int, share: float) -> None:
     assert_is_that_of_the_reference(expert_P[order_P], token_P[order_P], T, E)
 
 
+@pytest.mark.parametrize(
+    ("T", "E", "K"),
+    [
+        pytest.param(0, 3, 2, id="no token"),
+        pytest.param(1, 1, 1, id="one of each"),
+        pytest.param(128, 7, 2, id="exactly one run"),
+        pytest.param(601, 3, 1, id="three runs, the last one shorter"),
+        pytest.param(97, 13, 6, id="runs of 192 slots in blocks of 256"),
+        pytest.param(40, 11, 11, id="K = E"),
+        pytest.param(3, 300, 260, id="blocks of 512 slots, one for each token"),
+        pytest.param(40, 2050, 3, id="too many experts to count"),
+    ],
+)
+@pytest.mark.parametrize("skew", ["even", "few", "one"])
+def test_plans_by_a_load_that_is_known(T: int, E: int, K: int, skew: str) -> None:
+    expert_P = random_topk(T, E, K, skew)
+    load_EC = counted(expert_P.view(T, K), E)
+    assert_is_that_of_the_reference(expert_P, None, T, E, load_EC)
+    strided_EC = load_EC.t().contiguous().t()
+    got, wanted = (plan_of(expert_P, None, T, E, load) for load in (strided_EC, None))
+    assert all(map(torch.equal, got, wanted))
+    count_E = torch.bincount(expert_P, minlength=E)
+    assert torch.equal(got[0].diff(), count_E.int())
+    by_reference = ops.build_plan(expert_P, None, T, E, load_EC, backend="reference")
+    assert all(map(torch.equal, by_reference, wanted))
+
+
 @settings(max_examples=20)
 @given(
     shape=st.tuples(st.integers(0, 90), st.integers(1, 40), st.integers(1, 9)),
@@ -449,14 +536,19 @@ def test_plans_of_strided_indices() -> None:
 def test_building_on_a_gpu_waits_for_nothing(T: int, E: int, K: int) -> None:
     expert_P, token_P = random_topk(T, E, K), torch.arange(T).repeat_interleave(K)
     order_P = torch.randperm(T * K)
-    for expert, token in ((expert_P, None), (expert_P[order_P], token_P[order_P])):
+    load_EC = counted(expert_P.view(T, K), E).cuda()
+    for expert, token, load in (
+        (expert_P, None, None),
+        (expert_P, None, load_EC),
+        (expert_P[order_P], token_P[order_P], None),
+    ):
         arguments = [None if index is None else index.cuda() for index in (expert, token)]
-        ops.build_plan(*arguments, T, E, backend="triton")  # compiled
+        ops.build_plan(*arguments, T, E, load, backend="triton")  # compiled
         torch.cuda.synchronize()
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            got = ops.build_plan(*arguments, T, E, backend="triton")
+            got = ops.build_plan(*arguments, T, E, load, backend="triton")
         finally:
             torch.cuda.set_sync_debug_mode(before)
         wanted = ops.build_plan(expert, token, T, E, backend="reference")
@@ -465,13 +557,13 @@ def test_building_on_a_gpu_waits_for_nothing(T: int, E: int, K: int) -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion ends a CUDA process")
 @pytest.mark.parametrize("E", [5, 2050])
-@pytest.mark.parametrize("with_pairs", [False, True], ids=["topk", "pairs"])
+@pytest.mark.parametrize("form", ["topk", "load", "pairs"])
 @pytest.mark.parametrize("wrong", ["below", "above", "far", "both", "token", "token below", "twice", "twice afar"])
 def test_wrong_indices_are_refused_in_the_references_words(
-    wrong: str, with_pairs: bool, E: int, monkeypatch: pytest.MonkeyPatch
+    wrong: str, form: str, E: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing is written past the end of an array."""
-    T, K = 150, 4
+    T, K, with_pairs = 150, 4, form == "pairs"
     expert_P, token_P = random_topk(T, E, K), torch.arange(T).repeat_interleave(K)
     change: dict[str, Callable[[], Any]] = {
         "below": lambda: expert_P.__setitem__(301, -1),
@@ -489,24 +581,71 @@ def test_wrong_indices_are_refused_in_the_references_words(
         expert_P, token_P = expert_P[order_P], token_P[order_P]
     elif wrong.startswith("token"):
         return
-    args = (expert_P, token_P if with_pairs else None, T, E)
+    load = counted(expert_P.clamp(0, E - 1).view(T, K), E) if form == "load" else None
+    args = (expert_P, token_P if with_pairs else None, T, E, load)
     with pytest.raises(ValueError) as wanted:
         ops.build_plan(*args, backend="reference")
+    refusal, num_arrays = refused_within_its_arrays(args, monkeypatch)
+    assert refusal == str(wanted.value)
+    assert num_arrays >= (1 if E > 2048 else 3 if form == "load" else 4)
 
+
+def refused_within_its_arrays(args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
+    """In what words a plan is refused, and how many arrays were watched: none is written past its ends."""
     guarded: list[tuple[Tensor, int]] = []
 
     def empty(size: int, **options: Any) -> Tensor:
-        guarded.append((torch.full((size + 128,), 77, **options), size))
+        guarded.append((torch.full((size + 128,), 2**30, **options), size))  # no index: who follows it falls
         return guarded[-1][0][64 : 64 + size]
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
         with pytest.raises(ValueError) as refused:
             plan_of(*args)
-    assert str(refused.value) == str(wanted.value)
-    assert len(guarded) >= (1 if E > 2048 else 4)
     for array, size in guarded:
-        assert (array[:64] == 77).all() and (array[64 + size :] == 77).all()
+        assert (array[:64] == 2**30).all() and (array[64 + size :] == 2**30).all()
+    return str(refused.value), len(guarded)
+
+
+OTHER_LOADS: dict[str, Callable[[Tensor], Any]] = {
+    "another expert": lambda load_EC: load_EC[:2, 1].add_(torch.tensor([3, -3])),
+    "another run": lambda load_EC: load_EC[3, :2].add_(torch.tensor([-1, 1])),
+    "one too many": lambda load_EC: load_EC[2, 0].add_(1),
+    "one too few": lambda load_EC: load_EC[4, 2].sub_(1),
+    "below zero": lambda load_EC: (load_EC[5, 1].sub_(1), load_EC[0, 1].add_(1)),  # nobody chose expert 5
+    "zeros": lambda load_EC: load_EC.zero_(),
+    "large": lambda load_EC: load_EC.fill_(2**31 - 1),
+    "far below": lambda load_EC: load_EC[0].fill_(-(2**30)),
+    "around": lambda load_EC: load_EC[:, 0].copy_(torch.tensor([2**31 - 1, 2**31 - 1, 2, 0, 0, 0]) + load_EC[:, 0]),
+}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion ends a CUDA process")
+@pytest.mark.parametrize("wrong", OTHER_LOADS)
+def test_a_load_of_other_experts_is_refused_and_never_followed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    T, E, K = 150, 6, 4
+    expert_P = random_topk(T, E - 1, K)
+    load_EC = counted(expert_P.view(T, K), E)
+    assert load_EC.shape == (E, 3)
+    plan_of(expert_P, None, T, E, load_EC)
+    OTHER_LOADS[wrong](load_EC)
+    refusal, num_arrays = refused_within_its_arrays((expert_P, None, T, E, load_EC), monkeypatch)
+    wanted = (
+        "sonic.RoutingPlan: load is not that of expert_index, expected what topk_softmax counted when it chose them"
+    )
+    assert refusal == wanted and num_arrays >= 3
+    if wrong != "another run":  # the reference looks at the sum over runs alone, and follows nothing else
+        with pytest.raises(ValueError, match=f"^{wanted}$"):
+            ops.build_plan(expert_P, None, T, E, load_EC, backend="reference")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion ends a CUDA process")
+def test_a_load_of_too_many_experts_to_count_by_is_refused_too() -> None:
+    expert_P = random_topk(40, 2050, 3)
+    load_EC = counted(expert_P.view(40, 3), 2050)
+    load_EC[:2, 0] += torch.tensor([1, -1])
+    with pytest.raises(ValueError, match="load is not that of expert_index"):
+        plan_of(expert_P, None, 40, 2050, load_EC)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion ends a CUDA process")
@@ -531,3 +670,5 @@ def test_deterministic() -> None:
     assert all(map(torch.equal, *results))
     expert_P = results[0][1].reshape(-1)
     assert all(map(torch.equal, *(plan_of(expert_P, None, 50, 20) for _ in range(2))))
+    load_EC = counted(results[0][1], 20)
+    assert all(map(torch.equal, *(plan_of(expert_P, None, 50, 20, load) for load in (None, load_EC))))

@@ -50,6 +50,7 @@ from sonic.kernels.checks import (
     row_count,
 )
 from sonic.kernels.dispatch import ACTIVATIONS, FLOAT_DTYPES, GATED_ACTIVATIONS, check_float_dtype
+from sonic.shapes import argument_error, check_dtype, check_same, check_shape
 
 __all__ = [
     "ACTIVATIONS",
@@ -71,6 +72,7 @@ __all__ = [
     "experts_bwd",
     "is_gated",
     "tile_rows",
+    "tokens_per_run",
     "topk_softmax",
     "topk_softmax_bwd",
     "up_proj",
@@ -679,8 +681,8 @@ def topk_softmax(
     num_groups: int = 1,
     group_topk: int = 1,
     backend: Optional[str] = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose K experts per token and turn their logits into scores.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose K experts per token, turn their logits into scores, and count the load, all in one pass.
 
     Chosen are the K largest *preferences*: the logits, unless a bias or groups are given. With a bias they are the
     probabilities (score function of the logits, softmax over all E) plus the bias; with groups alone the probabilities
@@ -705,8 +707,10 @@ def topk_softmax(
         scores_TK: float32 (float64 for float64 logits), largest preference first.
         expert_TK: int32.
         prob_TK: the chosen probabilities before normalisation and scaling, dtype of the scores; backward needs them.
+        load_EC: int32, how often each expert was chosen in each of C runs of :func:`tokens_per_run` (K) tokens, the
+            last one shorter: ``load_EC.sum(1)`` is the load (E,), and :func:`build_plan` need not count again.
 
-    Cost: reads T E, writes 3 T K values.
+    Cost: reads T E, writes 3 T K + E C values.
 
     Raises:
         ValueError: shapes, dtypes or names do not fit; no backend can serve.
@@ -716,7 +720,7 @@ def topk_softmax(
         "topk_softmax", logits_TE, num_rows=logits_TE.shape[0] * top_k, num_experts=logits_TE.shape[1]
     )
     options = (score_function, pre_softmax, norm_topk_prob, scaling_factor, expert_bias_E, num_groups, group_topk)
-    return dispatch.run(request, backend, logits_TE, top_k, *options)
+    return dispatch.run(request, backend, logits_TE, top_k, *options, tokens_per_run(top_k))
 
 
 @topk_softmax.register_fake
@@ -736,7 +740,8 @@ def _(
     size = (logits_TE.shape[0], top_k)
     dtype = torch.promote_types(logits_TE.dtype, torch.float32)
     scores_TK = logits_TE.new_empty(size, dtype=dtype)
-    return scores_TK, logits_TE.new_empty(size, dtype=torch.int32), torch.empty_like(scores_TK)
+    load_EC = logits_TE.new_empty(logits_TE.shape[1], _num_runs(size[0], top_k), dtype=torch.int32)
+    return scores_TK, logits_TE.new_empty(size, dtype=torch.int32), torch.empty_like(scores_TK), load_EC
 
 
 @torch.library.custom_op("sonic::topk_softmax_bwd", mutates_args=())
@@ -860,6 +865,7 @@ def build_plan(
     token_of_slot_P: Optional[Tensor],
     num_tokens: int,
     num_experts: int,
+    load_EC: Optional[Tensor] = None,
     backend: Optional[str] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sort slots by expert with a stable counting sort, so that tokens ascend within each expert; no host
@@ -871,31 +877,64 @@ def build_plan(
             top-K.
         num_tokens: T.
         num_experts: E.
+        load_EC: from the :func:`topk_softmax` that chose these experts, which saves a pass that counts them; without
+            ``token_of_slot_P`` only. None: they are counted. A load of other experts is never followed out of an array.
         backend: insist on a backend.
 
     Returns:
         expert_offset_E1, token_of_row_R, slot_of_row_R, row_by_token_R, token_offset_T1: int32, see ``sonic.shapes``.
 
     Raises:
-        ValueError: wrong shapes or dtypes; on a CPU also an index out of range, or a token twice at one expert (an
-            accelerator reports those as a device-side assertion, since looking would cost a synchronisation).
+        ValueError: wrong shapes or dtypes; on a CPU also an index out of range, a token twice at one expert, or a
+            load that is not theirs (an accelerator reports those as a device-side assertion, since looking would cost a
+            synchronisation).
     """
     check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+    run = _check_load(load_EC, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
     request = dispatch.request_of(
         "build_plan", expert_of_slot_P, num_rows=expert_of_slot_P.shape[0], num_experts=num_experts
     )
-    return dispatch.run(request, backend, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+    return dispatch.run(request, backend, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, load_EC, run)
 
 
 @build_plan.register_fake
-def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, backend=None):
+def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, load_EC=None, backend=None):
     check_plan(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+    _check_load(load_EC, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
 
     def index(size):
         return expert_of_slot_P.new_empty(size, dtype=torch.int32)
 
     slots = expert_of_slot_P.shape[0]
     return index(num_experts + 1), index(slots), index(slots), index(slots), index(num_tokens + 1)
+
+
+def tokens_per_run(top_k: int) -> int:
+    """Tokens of a run in which :func:`topk_softmax` counts the load: the largest power of two within 256 / K, or 1.
+
+    A stable parallel sort has to know where the rows of each run begin, for which a sum over all tokens does not do. A
+    run has as many slots as one program can place; it is a power of two, so that sequences are whole runs.
+    """
+    return 1 << (max(256 // top_k, 1).bit_length() - 1)
+
+
+def _num_runs(num_tokens, top_k):
+    run = tokens_per_run(top_k)
+    return (num_tokens + run - 1) // run
+
+
+def _check_load(load_EC, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):
+    """Refuse a load of another shape than :func:`topk_softmax` returns; tokens per run, or 0 without a load."""
+    if load_EC is None:
+        return 0
+    where = "sonic.build_plan"
+    if token_of_slot_P is not None:
+        raise argument_error(where, "load_EC", "a tensor", "None with token_of_slot_P")
+    top_k = max(expert_of_slot_P.shape[0] // max(num_tokens, 1), 1)
+    check_shape(where, "load_EC", load_EC, E=num_experts, C=_num_runs(num_tokens, top_k))
+    check_dtype(where, "load_EC", load_EC, (torch.int32,))
+    check_same(where, ("expert_of_slot_P", expert_of_slot_P), (("load_EC", load_EC),), dtype=False)
+    return tokens_per_run(top_k)
 
 
 def _rows_by_token(token_of_row_R, slot_of_row_R, num_tokens):

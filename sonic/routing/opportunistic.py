@@ -27,6 +27,7 @@ from sonic.routing.result import Routing, RoutingMetrics
 from sonic.routing.scores import pair_scores, probabilities
 from sonic.routing.selection import expert_of_row
 from sonic.routing.topk import TopKRouter
+from sonic.routing.wrapper import RouterWrapper
 from sonic.shapes import (
     argument_error,
     check_choice,
@@ -196,7 +197,7 @@ def reroute(
     return Rerouted(expert_TK.to(torch.int32), is_chosen_TK)
 
 
-class OpportunisticRouting(nn.Module):
+class OpportunisticRouting(RouterWrapper):
     """Wrap a router so that a batch loads fewer distinct experts in decode; inference only.
 
     In eval mode the router's choice is rerouted by :func:`reroute` among the tokens of one call, and the scores are
@@ -212,6 +213,9 @@ class OpportunisticRouting(nn.Module):
 
     Source: Oncescu et al., Opportunistic Expert Activation (arXiv:2511.02237).
     """
+
+    router: TopKRouter
+    _may_score_input = True
 
     def __init__(
         self,
@@ -237,7 +241,6 @@ class OpportunisticRouting(nn.Module):
         Raises:
             ValueError: the router is no ``TopKRouter``, or a value makes no sense.
         """
-        super().__init__()
         where = _WHERE
         if not isinstance(router, TopKRouter):
             raise argument_error(where, "router", f"a {type(router).__name__}", "a sonic.routing.TopKRouter")
@@ -247,36 +250,16 @@ class OpportunisticRouting(nn.Module):
             raise argument_error(where, "max_batch_experts", max_batch_experts, wanted)
         if quality is None and top_p is None and min_experts is None and max_batch_experts is None:
             quality = DEFAULT_QUALITY
-        self.router = router
+        super().__init__(router)
         self.quality = quality
         self.min_experts = min_experts
         self.top_p = top_p
         self.max_rank = max_rank
         self.max_batch_experts = max_batch_experts
 
-    @property
-    def hidden_size(self) -> int:
-        """D, of the wrapped router."""
-        return self.router.hidden_size
-
-    @property
-    def num_experts(self) -> int:
-        """E, of the wrapped router."""
-        return self.router.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """K, of the wrapped router; a rerouted token may have fewer."""
-        return self.router.top_k
-
     def reset_parameters(self) -> None:
         """Draw the wrapped router's parameters anew."""
         self.router.reset_parameters()
-
-    @property
-    def wants_sequence_length(self) -> bool:
-        """Whether :meth:`forward` has to be told where sequences begin, as the wrapped router."""
-        return self.router.wants_sequence_length
 
     def forward(self, x_TD: Tensor, *, sequence_length: int | None = None) -> Routing:
         """Route T tokens that are decoded together.

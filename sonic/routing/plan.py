@@ -56,16 +56,21 @@ class RoutingPlan:
         self.token_offset_T1 = token_offset_T1
 
     @classmethod
-    def from_topk(cls, expert_index: Tensor, num_experts: int, *, backend: str | None = None) -> RoutingPlan:
+    def from_topk(
+        cls, expert_index: Tensor, num_experts: int, *, load: Tensor | None = None, backend: str | None = None
+    ) -> RoutingPlan:
         """Plan for K experts per token.
 
         Args:
             expert_index: (T, K) integer, 0 <= index < num_experts, no expert twice in a row. T may be 0.
             num_experts: E.
+            load: what :func:`sonic.routing.topk_scores` counted when it chose these experts, (E, C) int32, which saves
+                a pass; None: they are counted.
             backend: insist on a backend for building it.
 
         Raises:
-            ValueError: wrong shape or dtype, an index out of range, an expert chosen twice by a token.
+            ValueError: wrong shape or dtype, an index out of range, an expert chosen twice by a token, a load of other
+                experts (these three by a device-side assertion on a GPU).
         """
         where = "sonic.RoutingPlan.from_topk"
         check_positive(where, num_experts=num_experts)
@@ -75,7 +80,9 @@ class RoutingPlan:
         if not 1 <= top_k <= num_experts:
             wanted = f"(T, K) with K from 1 to num_experts = {num_experts}"
             raise argument_error(where, "expert_index", tuple(expert_index.shape), wanted)
-        arrays = ops.build_plan(expert_index.reshape(-1), None, num_tokens, num_experts, backend)
+        if load is not None:
+            check_shape(where, "load", load, E=num_experts, C=None)
+        arrays = ops.build_plan(expert_index.reshape(-1), None, num_tokens, num_experts, load, backend)
         return cls(num_tokens, num_experts, (num_tokens, top_k), *arrays)
 
     @classmethod
@@ -103,7 +110,7 @@ class RoutingPlan:
         check_shape(where, "token_index", token_index, P=None)
         check_shape(where, "expert_index", expert_index, P=token_index.shape[0])
         check_same(where, ("token_index", token_index), (("expert_index", expert_index),), dtype=False)
-        arrays = ops.build_plan(expert_index, token_index, num_tokens, num_experts, backend)
+        arrays = ops.build_plan(expert_index, token_index, num_tokens, num_experts, None, backend)
         return cls(num_tokens, num_experts, (token_index.shape[0],), *arrays)
 
     @property

@@ -78,8 +78,9 @@ def topk_scores(
     num_groups: int = 1,
     group_topk: int = 1,
     source: Source | None = None,
+    with_load: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The K preferred experts per token and their scores; differentiable in the logits.
 
     Args:
@@ -90,10 +91,13 @@ def topk_scores(
         expert_bias: (E,) added to the probabilities for the choice alone.
         source: from which backward computes the logits again where it needs all of them (softmax over all experts, not
             normalised); without, they are kept.
+        with_load: return also how often each expert was chosen, which the same pass counts.
         backend: insist on a backend.
 
     Returns:
-        scores (T, K) float32 or float64, best choice first, and the experts (T, K) int32.
+        scores (T, K) float32 or float64, best choice first, and the experts (T, K) int32. With ``with_load`` also the
+        load (E, C) int32, for each of C runs of ``sonic.kernels.ops.tokens_per_run(K)`` tokens: its sum over the runs
+        is that of all tokens, and :meth:`sonic.RoutingPlan.from_topk` takes it as it is.
 
     Raises:
         ValueError: shapes or names do not fit.
@@ -112,7 +116,7 @@ def topk_scores(
         check_shape(where, "expert_bias", expert_bias, E=num_experts)
         check_same(where, ("logits", logits), (("expert_bias", expert_bias),), dtype=False)
     x_TD, weight_ED, bias_E = detached_source(where, source)
-    scores_TK, expert_TK = _TopKScores.apply(
+    scores_TK, expert_TK, load_EC = _TopKScores.apply(
         logits,
         graph_anchor(logits),
         x_TD,
@@ -128,7 +132,7 @@ def topk_scores(
         group_topk,
         backend,
     )
-    return scores_TK, expert_TK
+    return (scores_TK, expert_TK, load_EC) if with_load else (scores_TK, expert_TK)
 
 
 def pair_scores(
@@ -274,8 +278,8 @@ class _TopKScores(torch.autograd.Function):
         num_groups: int,
         group_topk: int,
         backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        scores_TK, expert_TK, prob_TK = ops.topk_softmax(
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TK, expert_TK, prob_TK, load_EC = ops.topk_softmax(
             logits_TE,
             top_k,
             score_function,
@@ -296,11 +300,11 @@ class _TopKScores(torch.autograd.Function):
         ctx.num_experts, ctx.logits_dtype = logits_TE.shape[1], logits_TE.dtype
         recompute = ((x_TD, weight_ED, bias_E) if ctx.has_source else (logits_TE,)) if ctx.over_all_experts else ()
         ctx.save_for_backward(anchor, expert_TK, prob_TK, *recompute)
-        ctx.mark_non_differentiable(expert_TK)
-        return scores_TK, expert_TK
+        ctx.mark_non_differentiable(expert_TK, load_EC)
+        return scores_TK, expert_TK, load_EC
 
     @staticmethod
-    def backward(ctx: Any, dscores_TK: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, dscores_TK: Tensor, *_: Tensor) -> Any:
         anchor, expert_TK, prob_TK, *kept = ctx.saved_tensors  # once: activation checkpointing recomputes on access
         with torch.no_grad():
             logits_TE = None

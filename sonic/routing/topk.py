@@ -192,7 +192,7 @@ class TopKRouter(nn.Module):
             ValueError: ``x_TD`` does not fit the weight, or ``sequence_length`` is missing or does not divide T.
         """
         logits_TE = self.logits(x_TD)
-        scores_TK, expert_TK = topk_scores(
+        scores_TK, expert_TK, load_EC = topk_scores(
             logits_TE,
             self.top_k,
             score_function=self.score_function,
@@ -203,9 +203,10 @@ class TopKRouter(nn.Module):
             num_groups=self.num_groups,
             group_topk=self.group_topk,
             source=self._source(x_TD),
+            with_load=True,
             backend=self.backend,
         )
-        return self._routing(x_TD, logits_TE, scores_TK, expert_TK, sequence_length)
+        return self._routing(x_TD, logits_TE, scores_TK, expert_TK, sequence_length, load_EC)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """The logits (T, E) of tokens (T, D), differentiable; see :func:`sonic.routing.router_logits`.
@@ -293,15 +294,23 @@ class TopKRouter(nn.Module):
         scores_TK: Tensor,
         expert_TK: Tensor,
         sequence_length: int | None = None,
+        load_EC: Tensor | None = None,
     ) -> Routing:
-        """Plan, load and losses of a choice of K experts per token."""
-        plan = RoutingPlan.from_topk(expert_TK, self.num_experts, backend=self.backend)
-        aux_loss = self._aux_loss(x_TD, logits_TE, expert_TK, plan.tokens_per_expert(), sequence_length)
+        """Plan, load and losses of a choice of K experts per token; ``load_EC`` as :func:`topk_scores` counts it."""
+        plan = RoutingPlan.from_topk(expert_TK, self.num_experts, load=load_EC, backend=self.backend)
+        count_E = plan.tokens_per_expert()
+        aux_loss = self._aux_loss(x_TD, logits_TE, expert_TK, count_E, sequence_length, load_EC)
         metrics = RoutingMetrics(plan, logits=logits_TE)
         return Routing(plan, scores_TK, logits_TE, expert_TK, aux_loss, metrics, self.scores_on)
 
     def _aux_loss(
-        self, x_TD: Tensor, logits_TE: Tensor, expert_TK: Tensor, count_E: Tensor, sequence_length: int | None
+        self,
+        x_TD: Tensor,
+        logits_TE: Tensor,
+        expert_TK: Tensor,
+        count_E: Tensor,
+        sequence_length: int | None,
+        load_EC: Tensor | None,
     ) -> Tensor:
         batch_load_E = count_E
         if self.load is not None and self.training:
@@ -314,7 +323,11 @@ class TopKRouter(nn.Module):
             return logits_TE.new_zeros(())
         if self._is_sequence_wise:  # a rank without a token meets the others in the same collective
             num_sequences = self._num_sequences(x_TD.shape[0], sequence_length) if x_TD.shape[0] else 1
-            count_E = sequence_load(expert_TK, num_sequences, self.num_experts)
+            run = ops.tokens_per_run(self.top_k)
+            if load_EC is not None and sequence_length is not None and sequence_length % run == 0:  # whole runs
+                count_E = load_EC.view(self.num_experts, num_sequences, -1 if x_TD.shape[0] else 0).sum(2).t()
+            else:
+                count_E = sequence_load(expert_TK, num_sequences, self.num_experts)
         elif self.aux_loss_type == "global":
             count_E = batch_load_E
         balance, z = router_losses(

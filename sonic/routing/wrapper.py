@@ -17,6 +17,8 @@ class RouterWrapper(nn.Module):
     this one; an attribute that the wrapped router lacks is lacking here too.
     """
 
+    _may_score_input = False  # whether no token gets more than the wrapped router's K experts
+
     def __init__(self, router: nn.Module) -> None:
         """
         Args:
@@ -29,7 +31,7 @@ class RouterWrapper(nn.Module):
         where = f"sonic.routing.{type(self).__name__}"
         if not isinstance(router, nn.Module):
             raise argument_error(where, "router", f"a {type(router).__name__}", "a torch.nn.Module: (T, D) -> Routing")
-        if getattr(router, "scores_on", "output") == "input":
+        if getattr(router, "scores_on", "output") == "input" and not self._may_score_input:
             raise argument_error(
                 where, "router.scores_on", "'input'", "'output': the number of experts per token varies"
             )

@@ -11,6 +11,8 @@ from sonic.shapes import argument_error
 
 __all__ = ["build_plan", "topk_softmax", "topk_softmax_bwd"]
 
+_WANTED_LOAD = "what topk_softmax counted when it chose them"
+
 
 def topk_softmax(
     logits_TE: Tensor,
@@ -22,8 +24,9 @@ def topk_softmax(
     expert_bias_E: Tensor | None,
     num_groups: int,
     group_topk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, chosen experts and the chosen probabilities before they are normalised.
+    tokens_per_run: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, chosen experts, the chosen probabilities before they are normalised, and the load of each run of tokens.
 
     See ``sonic.kernels.ops.topk_softmax``.
     """
@@ -47,7 +50,18 @@ def topk_softmax(
         scores_TK = prob_TK = torch.exp(chosen_TK - torch.logsumexp(logits_TE, dim=-1, keepdim=True))
     else:  # normalising a softmax over all experts to its K chosen ones is the softmax over those K
         scores_TK = prob_TK = torch.softmax(chosen_TK, dim=-1)
-    return scores_TK * scaling_factor, expert_TK.to(torch.int32), prob_TK.clone()
+    load_EC = _load_by_run(expert_TK, logits_TE.shape[1], tokens_per_run)
+    return scores_TK * scaling_factor, expert_TK.to(torch.int32), prob_TK.clone(), load_EC
+
+
+def _load_by_run(expert_TK: Tensor, num_experts: int, tokens_per_run: int) -> Tensor:
+    """How often each expert comes in each run of tokens: (E, C) int32."""
+    num_tokens = expert_TK.shape[0]
+    num_runs = -(-num_tokens // tokens_per_run)
+    run_T1 = torch.arange(num_tokens, device=expert_TK.device)[:, None] // tokens_per_run
+    place_P = (expert_TK * num_runs + run_T1).flatten()
+    load_F = torch.zeros(num_experts * num_runs, dtype=torch.int32, device=expert_TK.device)
+    return load_F.scatter_add_(0, place_P, load_F.new_ones(place_P.shape)).view(num_experts, num_runs)
 
 
 def _sqrtsoftplus(logits: Tensor) -> Tensor:
@@ -127,20 +141,27 @@ def _pointwise_slope(prob: Tensor, score_function: str) -> Tensor:
 
 
 def build_plan(
-    expert_of_slot_P: Tensor, token_of_slot_P: Tensor | None, num_tokens: int, num_experts: int
+    expert_of_slot_P: Tensor,
+    token_of_slot_P: Tensor | None,
+    num_tokens: int,
+    num_experts: int,
+    load_EC: Tensor | None = None,
+    tokens_per_run: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Offsets and index maps of the rows sorted by expert, tokens ascending within each.
 
-    See ``sonic.kernels.ops.build_plan``. On a CPU in NumPy, whose calls cost a tenth of torch's on so few integers.
+    See ``sonic.kernels.ops.build_plan``. On a CPU in NumPy, whose calls cost a tenth of torch's on so few integers. Of
+    the load only the sum over the runs is used, and held against the sorted experts, which costs E searches.
     """
     if expert_of_slot_P.device.type != "cpu":
-        return _build_plan_on_device(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts)
+        return _build_plan_on_device(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, load_EC)
     num_slots = expert_of_slot_P.shape[0]
     expert_P = expert_of_slot_P.numpy()
     _refuse_out_of_range("expert_index", expert_P, num_experts)
     if token_of_slot_P is None:
         top_k = num_slots // num_tokens if num_tokens else 0
-        slot_of_row_R, expert_offset_E1 = _counting_sort(expert_P, num_experts)
+        load_E = None if load_EC is None else load_EC.numpy().sum(1)
+        slot_of_row_R, expert_offset_E1 = _counting_sort(expert_P, num_experts, load_E)
         row_of_visit_R = slot_of_row_R  # slots already come token by token
         token_of_row_R = slot_of_row_R // max(top_k, 1)
         token_offset_T1 = np.arange(num_tokens + 1) * top_k
@@ -152,6 +173,8 @@ def build_plan(
         slot_of_row_R = slot_by_token_P[row_of_visit_R]
         token_of_row_R = token_P[slot_of_row_R]
     expert_of_row_R = expert_P[slot_of_row_R]
+    if load_EC is not None and (np.searchsorted(expert_of_row_R, np.arange(num_experts + 1)) != expert_offset_E1).any():
+        raise argument_error("sonic.RoutingPlan", "load", "not that of expert_index", _WANTED_LOAD)
     again = (token_of_row_R[1:] == token_of_row_R[:-1]) & (expert_of_row_R[1:] == expert_of_row_R[:-1])
     if again.any():
         row = int(again.argmax())
@@ -164,8 +187,9 @@ def build_plan(
     return offset, token, slot, by_token, token_offset
 
 
-def _counting_sort(key_P: np.ndarray, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the keys in stable ascending order, and where each key's run starts (num_keys + 1 entries).
+def _counting_sort(key_P: np.ndarray, num_keys: int, count: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the keys in stable ascending order, and where each key's run starts (num_keys + 1 entries), from how
+    often each comes, if that is known.
 
     One counting pass per 16 bits of the largest key, which is how NumPy sorts 16-bit keys.
     """
@@ -173,7 +197,7 @@ def _counting_sort(key_P: np.ndarray, num_keys: int) -> tuple[np.ndarray, np.nda
     for shift in range(16, max(num_keys - 1, 1).bit_length(), 16):
         order = order[np.argsort((key_P[order] >> shift).astype(np.uint16), kind="stable")]
     offset = np.zeros(num_keys + 1, dtype=np.int64)
-    np.cumsum(np.bincount(key_P, minlength=num_keys), out=offset[1:])
+    np.cumsum(np.bincount(key_P, minlength=num_keys) if count is None else count, out=offset[1:])
     return order, offset
 
 
@@ -184,7 +208,11 @@ def _refuse_out_of_range(name: str, index_P: np.ndarray, size: int) -> None:
 
 
 def _build_plan_on_device(
-    expert_of_slot_P: Tensor, token_of_slot_P: Tensor | None, num_tokens: int, num_experts: int
+    expert_of_slot_P: Tensor,
+    token_of_slot_P: Tensor | None,
+    num_tokens: int,
+    num_experts: int,
+    load_EC: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same in torch, step by step, without a synchronisation: what is wrong becomes a device-side assertion."""
     device, num_slots = expert_of_slot_P.device, expert_of_slot_P.shape[0]
@@ -216,6 +244,9 @@ def _build_plan_on_device(
         row_of_visit_R, expert_offset_E1 = sort(expert_P[slot_by_token_P], num_experts)
         slot_of_row_R = slot_by_token_P[row_of_visit_R]
         token_of_row_R = token_P[slot_of_row_R]
+    if load_EC is not None:
+        is_theirs = (expert_offset_E1.diff() == load_EC.sum(1)).all()
+        demand(is_theirs, f"load is not that of expert_index, expected {_WANTED_LOAD}")
     expert_of_row_R = expert_P[slot_of_row_R]
     again_R = (token_of_row_R[1:] == token_of_row_R[:-1]) & (expert_of_row_R[1:] == expert_of_row_R[:-1])
     demand(~again_R.any(), "expert_index has a duplicate, expected each token at most once per expert")

@@ -58,6 +58,7 @@ OPS = (
     "topk_softmax",
     "topk_softmax_bwd",
     "build_plan",
+    "build_plan from pairs",
     "best_of_columns",
 )
 """What is compiled: the ops of a training step in the forms in which it calls them, and ``up_proj`` of inference."""
@@ -219,6 +220,8 @@ def _calls(
     b1, b2 = (meta(experts, width_u), meta(experts, width_d)) if bias else (None, None)
     scores, token, offset, edges = single(rows), index(rows), index(experts + 1), index(tokens + 1)
     choice, prob = index(tokens, top_k), single(tokens, top_k)
+    run = 1 << max(256 // top_k, 1).bit_length() - 1  # as sonic.kernels.ops.tokens_per_run has it
+    load = index(experts, triton.cdiv(tokens, run))
     act = (activation, glu_layout)
     return {
         "up_proj": lambda: backend.up_proj(x, w1, b1, token, offset, *act, True),
@@ -233,10 +236,11 @@ def _calls(
         "up_proj_bwd_weight": lambda: backend.up_proj_bwd_weight(h, x, token, offset, True, bias),
         "combine without scores": lambda: backend.combine(dx, None, token, edges),
         "topk_softmax": lambda: backend.topk_softmax(
-            single(tokens, experts), top_k, "softmax", False, False, 1.0, None, 1, 1
+            single(tokens, experts), top_k, "softmax", False, False, 1.0, None, 1, 1, run
         ),
         "topk_softmax_bwd": lambda: backend.topk_softmax_bwd(prob, choice, prob, None, experts, "softmax", False, 1.0),
-        "build_plan": lambda: backend.build_plan(choice.view(-1), None, tokens, experts),
+        "build_plan": lambda: backend.build_plan(choice.view(-1), None, tokens, experts, load, run),
+        "build_plan from pairs": lambda: backend.build_plan(choice.view(-1), token, tokens, experts),
         "best_of_columns": lambda: backend.best_of_columns(
             single(tokens, experts), single(tokens), [1] * experts, None, None, None, None, None
         ),

@@ -4,8 +4,9 @@ Forward holds a block of rows of the logits in registers and takes the best expe
 then the lowest column among equals, each an integer reduction inside one warp. A key is the float32 value as an integer
 of the same order, so no bit of the value is given up, NaN is above all, and one integer is left over for what can not
 be chosen (again). The table is read once (the K chosen logits of a row come once more, from cache), and 12 T K bytes
-are written; about 4 E K integer operations per token stand against 4 E bytes, so up to K = 4 memory bounds it, beyond
-that the integer units do.
+are written. About 4 E K integer operations per token stand against 4 E bytes, so up to K = 4 memory bounds it, beyond
+that the integer units do. T K atomic additions count the load in a table of E entries per run of tokens: so many
+addresses that programs seldom meet at one, and just the counts that the plan's sort begins with.
 
 Backward reads 12 T K bytes (and the logits, where softmax ran over all experts) and writes each of the T E derivatives
 once, zeros included: bound by memory.
@@ -141,10 +142,12 @@ def topk_softmax_kernel(
     scores,
     experts,
     probs,
+    load,
     num_tokens,
     scaling_factor,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    TOKENS_PER_RUN: tl.constexpr,
     SCORE: tl.constexpr,
     IS_OVER_ALL: tl.constexpr,
     IS_NORMALISED: tl.constexpr,
@@ -157,7 +160,9 @@ def topk_softmax_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """K choices and their scores for BLOCK_T tokens; columns stand group by group, BLOCK_S places for each."""
+    """K choices and their scores for BLOCK_T tokens, added to the load of their run; columns stand group by group,
+    BLOCK_S places for each.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     is_token = token < num_tokens
     column = tl.arange(0, BLOCK_G * BLOCK_S)[None, :]
@@ -213,6 +218,10 @@ def topk_softmax_kernel(
     tl.store(scores + at, score * scaling_factor, mask=is_slot)
     tl.store(experts + at, expert, mask=is_slot)
     tl.store(probs + at, prob, mask=is_slot)
+    num_runs = (num_tokens + TOKENS_PER_RUN - 1) // TOKENS_PER_RUN
+    # integers: the same in any order; nothing is read back, and runs keep programs from meeting at one address
+    place = expert.to(tl.int64) * num_runs + token // TOKENS_PER_RUN
+    tl.atomic_add(load + place, tl.full((BLOCK_T, BLOCK_K), 1, tl.int32), mask=is_slot, sem="relaxed")
 
 
 @triton.jit
@@ -284,8 +293,9 @@ def topk_softmax(
     expert_bias_E: Tensor | None,
     num_groups: int,
     group_topk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, chosen experts and the chosen probabilities before they are normalised.
+    tokens_per_run: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, chosen experts, the chosen probabilities before they are normalised, and the load of each run of tokens.
 
     See ``sonic.kernels.ops.topk_softmax``.
     """
@@ -294,6 +304,8 @@ def topk_softmax(
     scores_TK = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits_TE.device)
     expert_TK = torch.empty_like(scores_TK, dtype=torch.int32)
     prob_TK = torch.empty_like(scores_TK)
+    num_runs = triton.cdiv(num_tokens, tokens_per_run)
+    load_EC = torch.zeros((num_experts, num_runs), dtype=torch.int32, device=logits_TE.device)
     is_softmax, has_bias = score_function == "softmax", expert_bias_E is not None
     group_size = num_experts // num_groups
     block_g, block_s = triton.next_power_of_2(num_groups), triton.next_power_of_2(group_size)
@@ -306,12 +318,14 @@ def topk_softmax(
         scores_TK,
         expert_TK,
         prob_TK,
+        load_EC,
         num_tokens,
         scaling_factor,
         label="topk_softmax",
         num_warps=num_warps,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
+        TOKENS_PER_RUN=tokens_per_run,
         SCORE=score_function,
         # normalising a softmax over all experts to its K chosen ones is the softmax over those K
         IS_OVER_ALL=is_softmax and pre_softmax and not norm_topk_prob,
@@ -326,7 +340,7 @@ def topk_softmax(
         BLOCK_S=block_s,
         BLOCK_K=triton.next_power_of_2(top_k),
     )
-    return scores_TK, expert_TK, prob_TK
+    return scores_TK, expert_TK, prob_TK, load_EC
 
 
 def topk_softmax_bwd(

@@ -110,6 +110,28 @@ def known_so_far(count, prefix, left, column, step, NUM_EXPERTS: tl.constexpr, B
 
 
 @triton.jit
+def walk_of(
+    count,
+    prefix,
+    left,
+    column,
+    step,
+    num_tokens,
+    num_tiles,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """What :func:`known_so_far` knows, and the tokens that this program walks: from, and up to; none where nothing is
+    wanted of any of its columns.
+    """
+    known, wanted = known_so_far(count, prefix, left, column, step, NUM_EXPERTS, BLOCK_E)
+    start = tl.program_id(0).to(tl.int64) * (num_tiles * BLOCK_T)
+    end = tl.minimum(start + num_tiles * BLOCK_T, num_tokens)
+    return known, wanted, start, tl.where(tl.max(wanted, axis=0) > 0, end, start)
+
+
+@triton.jit
 def add_packed(count, packed, at, is_column, FIRST: tl.constexpr):
     """Add the four bytes of each entry, summed per column, to the counts of four digits."""
     for i in tl.static_range(4):
@@ -138,15 +160,14 @@ def count_digits_kernel(
     """Digit ``step`` of the keys that begin with the digits that are known; those are written for the next step."""
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     is_column = column < NUM_EXPERTS
-    known, wanted = known_so_far(count, prefix, left, column, step, NUM_EXPERTS, BLOCK_E)
+    known, wanted, start, end = walk_of(
+        count, prefix, left, column, step, num_tokens, num_tiles, NUM_EXPERTS, BLOCK_T, BLOCK_E
+    )
     at = step * NUM_EXPERTS + column
     if tl.program_id(0) == 0:
         if step > 0:
             tl.store(prefix + at, known, mask=is_column)
             tl.store(left + at, wanted, mask=is_column)
-    start = tl.program_id(0).to(tl.int64) * (num_tiles * BLOCK_T)
-    end = tl.minimum(start + num_tiles * BLOCK_T, num_tokens)
-    end = tl.where(tl.max(wanted, axis=0) > 0, end, start)
     shift_of_digit = 28 - 4 * step
     known = known.to(tl.uint32, bitcast=True)[None, :]
     is_looked_at = (wanted > 0)[None, :]
@@ -184,10 +205,38 @@ def count_digits_kernel(
 
 
 @triton.jit
-def compare(key, threshold, is_looked_at):
-    """1 above the column's threshold, 2**16 at it, 0 below and in columns that are not looked at."""
+def compare_tile(
+    logits,
+    shift,
+    expert_by_token,
+    token_offset,
+    allowed,
+    token,
+    column,
+    known,
+    wanted,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+):
+    """Keys of these tokens in these columns, and how they compare with the n-th largest key, ``known``: 1 above it,
+    2**16 at it, 0 below, and in columns of which nothing is wanted.
+    """
+    key = keys_of_tile(
+        logits,
+        shift,
+        expert_by_token,
+        token_offset,
+        allowed,
+        token,
+        column[None, :],
+        num_tokens,
+        NUM_EXPERTS,
+        NUM_GROUPS,
+    )
+    threshold = known.to(tl.uint32, bitcast=True)[None, :]
     code = tl.where(key > threshold, 1, 0) + tl.where(key == threshold, 1 << 16, 0)
-    return tl.where(is_looked_at, code, 0)
+    return key, tl.where((wanted > 0)[None, :], code, 0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_runs"])
@@ -212,28 +261,27 @@ def count_chosen_kernel(
 ):
     """Per column and run of tokens: entries above the n-th largest key, and 2**32 times those equal to it."""
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    known, wanted = known_so_far(count, prefix, left, column, NUM_DIGITS, NUM_EXPERTS, BLOCK_E)
-    start = tl.program_id(0).to(tl.int64) * (num_tiles * BLOCK_T)
-    end = tl.minimum(start + num_tiles * BLOCK_T, num_tokens)
-    end = tl.where(tl.max(wanted, axis=0) > 0, end, start)
-    known = known.to(tl.uint32, bitcast=True)[None, :]
-    is_looked_at = (wanted > 0)[None, :]
+    known, wanted, start, end = walk_of(
+        count, prefix, left, column, NUM_DIGITS, num_tokens, num_tiles, NUM_EXPERTS, BLOCK_T, BLOCK_E
+    )
     found = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
     for first in range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
-        key = keys_of_tile(
+        _, code = compare_tile(
             logits,
             shift,
             expert_by_token,
             token_offset,
             allowed,
             token,
-            column[None, :],
+            column,
+            known,
+            wanted,
             num_tokens,
             NUM_EXPERTS,
             NUM_GROUPS,
         )
-        found += compare(key, known, is_looked_at)
+        found += code
     at = column.to(tl.int64) * num_runs + tl.program_id(0)
     num_above, num_equal = tl.sum(found & 0xFFFF, axis=0), tl.sum(found >> 16, axis=0)
     tl.store(tally + at, num_above.to(tl.int64) + (num_equal.to(tl.int64) << 32), mask=column < NUM_EXPERTS)
@@ -265,35 +313,33 @@ def write_chosen_kernel(
     """The chosen tokens of each column in their order, and what sorts them: the expert, then the largest key first."""
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     is_column = column < NUM_EXPERTS
-    known, wanted = known_so_far(count, prefix, left, column, NUM_DIGITS, NUM_EXPERTS, BLOCK_E)
-    start = tl.program_id(0).to(tl.int64) * (num_tiles * BLOCK_T)
-    end = tl.minimum(start + num_tiles * BLOCK_T, num_tokens)
-    end = tl.where(tl.max(wanted, axis=0) > 0, end, start)
-    known = known.to(tl.uint32, bitcast=True)[None, :]
-    wanted = wanted[None, :]
+    known, wanted, start, end = walk_of(
+        count, prefix, left, column, NUM_DIGITS, num_tokens, num_tiles, NUM_EXPERTS, BLOCK_T, BLOCK_E
+    )
     run = tl.program_id(0) + tl.zeros_like(column)
     before = tl.load(tally + column.to(tl.int64) * num_runs + run - 1, mask=is_column & (run > 0), other=0)[None, :]
     above, equal = (before & 0xFFFFFFFF).to(tl.int32), (before >> 32).to(tl.int32)
     place = tl.load(pair_offset + column, mask=is_column, other=0)[None, :]
     for first in range(start, end, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
-        key = keys_of_tile(
+        key, code = compare_tile(
             logits,
             shift,
             expert_by_token,
             token_offset,
             allowed,
             token,
-            column[None, :],
+            column,
+            known,
+            wanted,
             num_tokens,
             NUM_EXPERTS,
             NUM_GROUPS,
         )
-        code = compare(key, known, wanted > 0)
         earlier = tl.cumsum(code, axis=0) - code
         num_equal = equal + (earlier >> 16)
-        is_chosen = (code == 1) | ((code > 1) & (num_equal < wanted))
-        at = place + (above + (earlier & 0xFFFF) + tl.minimum(num_equal, wanted))
+        is_chosen = (code == 1) | ((code > 1) & (num_equal < wanted[None, :]))
+        at = place + (above + (earlier & 0xFFFF) + tl.minimum(num_equal, wanted[None, :]))
         rank = (column[None, :].to(tl.int64) << 32) + (key ^ 0xFFFFFFFF).to(tl.int64)
         tl.store(tokens + at, token + tl.zeros_like(at), mask=is_chosen)
         tl.store(ranks + at, rank, mask=is_chosen)
