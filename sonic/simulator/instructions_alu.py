@@ -306,7 +306,7 @@ def emit_setp(e: Emitter, made: Instruction) -> None:
     combine = parts[1] if len(parts) == 3 else None
     if len(parts) not in (2, 3) or combine not in (None, "and", "or", "xor"):
         raise refuse(made)
-    is_float = kind in ("f16", "f32", "f64")
+    is_float = kind in ("f16", "bf16", "f32", "f64")
     d, a, b = made.operands[:3]
     second: Operand | None = None
     if isinstance(d, Pair):
@@ -314,7 +314,7 @@ def emit_setp(e: Emitter, made: Instruction) -> None:
         d = d.first
     known = {**COMPARE, **UNORDERED} if is_float else {**COMPARE, **UNSIGNED}
     is_nan_test = is_float and compare in ("num", "nan")
-    if kind not in (*INTEGERS, *BITS, "f16", "f32", "f64") or (compare not in known and not is_nan_test):
+    if kind not in (*INTEGERS, *BITS, "f16", "bf16", "f32", "f64") or (compare not in known and not is_nan_test):
         raise refuse(made)
     if not is_float and compare in UNSIGNED:
         kind = f"u{bits_of(kind)}"
@@ -326,6 +326,8 @@ def emit_setp(e: Emitter, made: Instruction) -> None:
             text = f"{e.typed(a, kind)} {known[compare]} {e.typed(b, kind)}"
     else:
         x, y = e.vectors([a, b], kind)
+        if made.parts[-1] == "bf16":
+            x, y = f"from_bf16({x})", f"from_bf16({y})"
         if "ftz" in made.parts:
             x, y = f"flush({x})", f"flush({y})"
         if is_nan_test:

@@ -69,6 +69,7 @@ _BARRIER_BYTES = 1024  # the barriers, in front of what is aligned to 1,024
 _CHIP = "H100"
 _MAX_SLOTS = 8
 _MANY = 10  # the bucket of 513 to 1,024 rows per expert: pairs of row tiles add 64 rows on average
+_SHARING = ("up_gated", "up_plain")  # bound by products, for which clusters pay; the others by memory or epilogue
 _MIN_SLOTS = 3  # fewer hide too little of a load's latency
 
 
@@ -128,8 +129,6 @@ def invalid_reason(config: TileConfig, kind: str) -> str | None:
         return f"tile_n is {config.tile_n}, expected a multiple of 128: halves of whole boxes"
     if kind == "contraction" and (config.tile_n == 192 or config.cluster_m != 1):
         return "a contraction gathers tiles of 64, 128 or 256 columns, and shares nothing"
-    if kind == "rows" and config.cluster_m != 1:
-        return "its contraction is short: it is bound by what it stores, and pairs of row tiles only waste rows"
     if config.cluster_m not in (1, 2):
         return f"cluster_m is {config.cluster_m}, expected 1 or 2"
     if config.slots < 2:
@@ -162,9 +161,9 @@ def _candidates() -> Iterator[tuple[str, TileConfig]]:
                 registers = (40, 232) if kind != "contraction" else (56, 224)
                 config = TileConfig(tile_m, tile_n, 2, pingpong, cluster_m, 8, *registers)
                 full = _filled(config, kind)
-                if invalid_reason(full, kind) is None and full.slots >= _MIN_SLOTS:
-                    if kind != "contraction" or tile_m == 128:
-                        yield kind, full
+                chosen = tile_m == 128 if kind == "contraction" else cluster_m == 1 or kind in _SHARING
+                if chosen and invalid_reason(full, kind) is None and full.slots >= _MIN_SLOTS:
+                    yield kind, full
 
 
 CANDIDATES: dict[str, tuple[TileConfig, ...]] = {kind: () for kind in KINDS}
@@ -270,15 +269,15 @@ def choose(kind: str, bucket: int, num_experts: int, width_k: int, width_n: int,
     if bucket < 0:
         raise argument_error(where, "bucket", bucket, "at least 0")
     regime = regime_of(bucket)
-    if kind == "contraction" or (kind == "rows" and regime == "some"):
-        regime = "many"  # one has no row tiles, the other no clusters, to waste rows by
+    clusters = (1, 2) if kind in _SHARING and regime == "many" else (1,)
+    if kind not in _SHARING and (kind == "contraction" or regime == "some"):
+        regime = "many"  # without clusters, and all the more without row tiles, no rows are wasted by pairs
     measured = tuned(chip).get(f"{kind}/{regime}/{num_experts}/{width_k}/{width_n}")
     if measured is not None:
         config = TileConfig(**measured)
         reason = invalid_reason(config, kind)
         assert reason is None, f"a measured configuration is not valid: {reason}"
         return Choice(config, f"measured on {chip}")
-    clusters = (1, 2) if regime == "many" else (1,)
     tile = row_tile(bucket)
     fitting = [c for c in CANDIDATES[kind] if c.cluster_m in clusters and (kind == "contraction" or c.tile_m == tile)]
 

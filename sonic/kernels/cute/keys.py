@@ -138,8 +138,6 @@ def layer_keys(
         ]
         if bias:
             op = "down_proj_bwd_weight"
-            keys += [
-                contraction_key(op, sizes(BIAS_COLUMNS, width_d), gathers=True, out_dtype="float32"),
-                contraction_key(op, sizes(BIAS_COLUMNS, width_u), gathers=False, out_dtype="float32"),
-            ]
+            for width in (width_d, width_u):
+                keys.append(contraction_key(op, sizes(BIAS_COLUMNS, width), gathers=True, out_dtype="float32"))
     return list(dict.fromkeys(keys))

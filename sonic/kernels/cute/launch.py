@@ -218,7 +218,8 @@ def _contract(
     """The product over each expert's rows, (E, width of left, width of right), and the column sums of left.
 
     The sums are a product too, of left with the rows' scores: as two values of 16 bits whose sum is a score to 2**-16
-    (2**-22 in float16), in columns of a matrix of their own, so they cost one more pass over left.
+    (2**-22 in float16), in columns of a matrix of their own, so they cost one more pass over left. They always go by an
+    index, so that both biases' gradients share one kernel.
     """
     num_experts = expert_offset_E1.shape[0] - 1
     width_m, width_n = left.shape[1], right.shape[1]
@@ -233,8 +234,8 @@ def _contract(
         return weight, left.new_empty(0, width_m)
     sums = left.new_empty(num_experts, width_m, BIAS_COLUMNS, dtype=torch.float32)
     scores = _split_scores(row_scores_R, num_rows, left)
-    index_of_left = index_R if gathers_left else None  # the scores stand in order
-    _launch_contraction("down_proj_bwd_weight", left, scores, index_of_left, expert_offset_E1, num_rows, sums)
+    row_R = index_R if gathers_left else torch.arange(num_rows, device=left.device, dtype=torch.int32)
+    _launch_contraction("down_proj_bwd_weight", left, scores, row_R, expert_offset_E1, num_rows, sums)
     return weight, (sums[..., 0] + sums[..., 1]).to(left.dtype)
 
 
