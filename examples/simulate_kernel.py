@@ -3,7 +3,7 @@
     python -m examples.simulate_kernel                        run it, compare with torch, count its bytes
     python -m examples.simulate_kernel --size 200 136 328     of other sizes: M, N, K; K a multiple of 8
     python -m examples.simulate_kernel --bug missing-wait     plant a bug, and see what the simulator says about it
-    python -m examples.simulate_kernel --timeline t.png       draw as well which warp waited for what, and when
+    python -m examples.simulate_kernel --timeline t.png       draw as well which warp waited for whom, and when
 
 The kernel computes C = A B^T with what makes Hopper fast: TMA loads, a ring of slots in shared memory with two barriers
 each, one warp that loads and four that multiply with wgmma. ``docs/simulator.md`` walks through a report.
@@ -24,8 +24,7 @@ import torch
 if __package__ in (None, ""):  # run as a file, python examples/simulate_kernel.py: let the imports below find sonic
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sonic.simulator import SimulatorError, Trace, hopper, tensor
-from sonic.simulator.timeline import draw_timeline
+from sonic.simulator import SimulatorError, Trace, draw_timeline, hopper, tensor
 from sonic.simulator.version import check_version
 
 try:

@@ -164,11 +164,28 @@ def test_the_timeline_shows_each_wait_of_the_source(compiled: Callable[..., None
         for bar in bars
         if bar.label not in (RUNS, OUTSIDE)
     }
-    assert {(is_producer, kind, line.strip()) for is_producer, kind, line in waits} >= {
-        (True, "mbarrier", "cute.arch.mbarrier_wait(empty + slot, parity ^ 1)"),
-        (False, "mbarrier", "cute.arch.mbarrier_wait(full + slot, parity)"),
+    full, empty = 1024, 1024 + 8 * example.SLOTS
+    assert {(is_producer, kind, line.strip()) for is_producer, kind, line in waits if "wgmma" not in kind} == {
         (False, "named barrier 0", "cute.arch.sync_threads()"),
+        *(
+            (
+                is_producer,
+                f"mbarrier {first + 8 * slot} stage {slot} of {example.SLOTS}",
+                f"cute.arch.mbarrier_wait({line})",
+            )
+            for is_producer, first, line in (
+                (True, empty, "empty + slot, parity ^ 1"),
+                (False, full, "full + slot, parity"),
+            )
+            for slot in range(example.SLOTS)
+        ),
     }
+    enders = {
+        (bar.wait.ring, bar.wait.ended_by.work, bar.wait.ended_by.warp == example.PRODUCER_WARP)
+        for bar in bars
+        if bar.wait is not None and bar.wait.ended_by is not None and bar.wait.ring is not None
+    }
+    assert enders == {(full, "TMA load", True), (empty, None, False)}
     wgmma = {(is_producer, "wait_group" in line) for is_producer, kind, line in waits if kind == "wgmma group"}
     assert wgmma == {(False, True)}
 

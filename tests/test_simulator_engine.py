@@ -132,6 +132,7 @@ INIT = """
     setp.ne.s32 %p40, %r0, 0;
     @%p40 bra INIT_DONE;
     mbarrier.init.shared.b64 [%r1], 1;
+    fence.mbarrier_init.release.cluster;
 INIT_DONE:
     bar.sync 0;
 """
@@ -283,6 +284,7 @@ READER:
 READ:
     {wait("%r1", "%r4")}
     ld.shared.b32 %r6, [%r1+16];
+    bar.warp.sync -1;
     setp.ne.s32 %p3, %r0, 32;
     @%p3 bra KEEP;
     mul.wide.u32 %rd2, %r2, 4;

@@ -27,7 +27,7 @@ from cutlass.cute.runtime import from_dlpack  # noqa: E402
 from cutlass.cutlass_dsl import cuda_jit_executor, tvm_ffi_provider  # noqa: E402
 
 import sonic.simulator  # noqa: E402
-from sonic.simulator import SimulatorError, Unsupported, host, tensors, version  # noqa: E402
+from sonic.simulator import SimulatorError, Unsupported, host, images, tensors, version  # noqa: E402
 from sonic.simulator.kernel_launch import LaunchConfig, Region  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -398,7 +398,7 @@ def test_a_function_compiled_outside_of_a_block_says_so(monkeypatch: pytest.Monk
 
 
 def test_an_image_without_ptx_says_so(monkeypatch: pytest.MonkeyPatch, compiled: Any) -> None:
-    monkeypatch.setattr(host, "_ptx_of_cubin", {})
+    monkeypatch.setattr(images, "_ptx_of_cubin", {})
     with host.simulate(record), pytest.raises(SimulatorError, match="the PTX of kernel .*store_kernel.* is not known"):
         call(*compiled)
 
@@ -406,7 +406,7 @@ def test_an_image_without_ptx_says_so(monkeypatch: pytest.MonkeyPatch, compiled:
 def test_an_image_that_is_no_fatbin_is_refused() -> None:
     image = ctypes.create_string_buffer(b"\x7fELF" + bytes(60))
     with pytest.raises(Unsupported, match="starts with 0x464c457f, expected a fatbin"):
-        host.cubins_of_fatbin(ctypes.addressof(image))
+        images.cubins_of_fatbin(ctypes.addressof(image))
 
 
 def test_unknown_launch_attributes_are_refused_with_their_id() -> None:
@@ -601,8 +601,11 @@ def test_importing_the_simulator_loads_nothing_heavy() -> None:
     )
     loaded = run_python(probe).split()
     assert "sonic.simulator.errors" in loaded
+    assert "matplotlib" not in loaded
     assert not {name.split(".")[0] for name in loaded} & {"cutlass", "cuda", "numpy", "tvm_ffi"}
     assert {"sonic.simulator.host", "sonic.simulator.engine"}.isdisjoint(loaded)
+    drawing = run_python(probe.replace("import sonic.simulator", "from sonic.simulator import draw_timeline")).split()
+    assert "sonic.simulator.timeline" in drawing and "matplotlib" not in drawing
 
 
 @pytest.mark.parametrize("value", ["", "0", "1"])
@@ -616,6 +619,47 @@ def test_a_whole_process_can_be_simulated(value: str) -> None:
     )
     expected = "[True, True] 1 1" if value == "1" else "[False, False] 0 0"
     assert run_python(probe, SIMULATE_IT=value).strip() == expected
+
+
+BACKEND = """
+import threading
+import torch
+from cutlass import cute
+from cutlass.cute.runtime import from_dlpack
+import sonic.simulator
+
+@cute.kernel
+def double_kernel(x: cute.Tensor):
+    thread, _, _ = cute.arch.thread_idx()
+    x[thread] = x[thread] * 2
+
+@cute.jit
+def double(x: cute.Tensor):
+    double_kernel(x).launch(grid=(1, 1, 1), block=(32, 1, 1))
+
+def backend(x):  # what a room with kernels does at each call
+    simulated = sonic.simulator.enable_from_environment()
+    argument = from_dlpack(sonic.simulator.tensor(x))
+    cute.compile(double, argument)(argument)
+    return simulated
+
+x = torch.arange(32, dtype=torch.int32)
+with sonic.simulator.hopper("lazy") as own:  # a block of the caller's own keeps its launches
+    answers = [backend(x)]
+threads = [threading.Thread(target=lambda: answers.append(backend(x))) for _ in range(2)]
+for thread in threads:
+    thread.start()
+    thread.join()
+answers.append(backend(x))
+from sonic.simulator import host
+print(answers, len(own.traces), len(host._open), len(host._open[0].traces), torch.equal(x, 16 * torch.arange(32)))
+"""
+
+
+def test_a_backend_may_ask_the_environment_at_each_call(tmp_path: Path) -> None:
+    (tmp_path / "backend.py").write_text(BACKEND, encoding="utf-8")
+    told = run_python(f"import runpy; runpy.run_path({str(tmp_path / 'backend.py')!r})", SONIC_SIMULATE_HOPPER="1")
+    assert told.strip() == "[True, True, True, True] 1 1 3 True"
 
 
 def test_a_wrong_value_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

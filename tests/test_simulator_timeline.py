@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 
 from sonic.simulator.errors import SimulatorError
-from sonic.simulator.timeline import OUTSIDE, RUNS, Bar, draw_timeline, label_of, timeline_bars, timeline_figure
-from sonic.simulator.trace import Trace, Wait
+from sonic.simulator.timeline import (
+    ENDED,
+    ENDED_OUTSIDE,
+    OUTSIDE,
+    RUNS,
+    Bar,
+    draw_timeline,
+    label_of,
+    timeline_bars,
+    timeline_figure,
+    timeline_links,
+)
+from sonic.simulator.trace import Ender, Trace, Wait
 
 EMPTY = "`mbarrier.try_wait.parity.shared.b64 P1, [%r17], %r72, 10000000` (PTX line 114, /some/where/gemm.py:11)"
 FULL = "`mbarrier.try_wait.parity.shared.b64 P1, [%r18], %r73, 10000000` (PTX line 282, /some/where/gemm.py:22)"
@@ -51,6 +62,8 @@ def drawn(figure: Any) -> dict[str, list[tuple[float, float, float]]]:
     (axes,) = figure.axes
     found = {}
     for collection in axes.collections:
+        if collection.get_label().startswith("_"):  # links, and work in flight
+            continue
         boxes = [path.get_extents() for path in collection.get_paths()]
         found[collection.get_label()] = [((box.y0 + box.y1) / 2, box.x0, box.x1) for box in boxes]
     return found
@@ -131,6 +144,77 @@ def test_what_is_drawn_is_what_the_bars_say(block: int | list[int]) -> None:
     assert axes.get_ylim()[0] > max(heights.values()) > min(heights.values()) > axes.get_ylim()[1]
     assert "no hardware time" in axes.get_xlabel() and "warp instructions" in axes.get_xlabel()
     assert {text.get_text() for text in figure.legends[0].get_texts()} == set(shown)
+
+
+def with_enders() -> Trace:
+    """Two stages: warp 0 waits for two loads of warp 2 and frees the first slot; a peer ends the last wait."""
+    load, arrive = "`cp.async.bulk.tensor.2d...` (PTX line 9)", "`mbarrier.arrive...` (PTX line 8)"
+    ring = {"barrier_block": 0, "phase": 0, "num_stages": 2}
+    return Trace(
+        instructions=100,
+        timeline=[
+            Wait(0, 0, FULL, 5, 20, 1024, ring=1024, stage=0, ended_by=Ender(0, 2, load, "TMA load", 3), **ring),
+            Wait(0, 2, EMPTY, 10, 30, 1040, ring=1040, stage=0, ended_by=Ender(0, 0, arrive), **ring),
+            Wait(
+                0, 0, FULL_UNROLLED, 32, 50, 1032, ring=1024, stage=1, ended_by=Ender(0, 2, load, "TMA load", 4), **ring
+            ),
+            Wait(0, 0, SYNC, 60, 70, 0, 0, 0, ended_by=Ender(0, 3, SYNC)),
+            Wait(0, 1, FULL_UNROLLED, 70, 90, 1096, 0, 0, ended_by=Ender(1, 5, arrive)),
+        ],
+    )
+
+
+def test_a_barrier_is_named_by_its_place_and_stage() -> None:
+    trace = with_enders()
+    assert [bar.label for bar in timeline_bars(trace) if bar.wait is not None] == [
+        "mbarrier 1024 stage 0 of 2, gemm.py:22",
+        "mbarrier 1032 stage 1 of 2, gemm.py:22",
+        "named barrier 0, gemm.py:5",
+        "mbarrier 1096, gemm.py:22",
+        "mbarrier 1040 stage 0 of 2, gemm.py:11",
+    ]
+    # warp 3 never waited, but ended a wait
+    assert {bar.warp for bar in timeline_bars(trace)} == {0, 1, 2, 3}
+    # the same barrier, waited for at another line of source
+    trace.timeline.append(Wait(1, 0, FULL.replace("py:22", "py:33"), 90, 95, 1024, 1, 0, ring=1024, stage=0))
+    assert timeline_bars(trace)[1].label == "mbarrier 1024 stage 0 of 2, gemm.py:22 and others"
+
+
+def test_links_lead_from_who_ended_a_wait_to_who_waited() -> None:
+    pytest.importorskip("matplotlib")
+    trace = with_enders()
+    figure = timeline_figure(trace)
+    (axes,) = figure.axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["warp 0", "warp 1", "warp 2: loads", "warp 3", "TMA load"]
+    heights = dict(zip(names, axes.get_yticks(), strict=True))
+    segments = next(item for item in axes.collections if type(item).__name__ == "LineCollection").get_segments()
+    found = [(segment[0][0], segment[0][1], segment[1][1]) for segment in segments]
+    # (at, line of who ended it, line of who waited); links end at the edge of a bar
+    wanted = [
+        (20, "TMA load", "warp 0"),
+        (30, "warp 0", "warp 2: loads"),
+        (50, "TMA load", "warp 0"),
+        (70, "warp 3", "warp 0"),
+    ]
+    assert len(timeline_links(trace)) == len(wanted) + 1
+    for (at, source, target), link in zip(wanted, found, strict=True):
+        assert link[:2] == (at, heights[source]) and abs(link[2] - heights[target]) < 0.4
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told[-2:] == [ENDED, ENDED_OUTSIDE]
+    # what is in flight: from issue to end
+    (flight,) = [item for item in axes.collections if item.get_alpha() == 0.3]
+    boxes = [path.get_extents() for path in flight.get_paths()]
+    assert [(box.x0, box.x1) for box in boxes] == [(3, 20), (4, 50)]
+    # the stages of a ring have one hatch and colours of their own; another ring has another hatch
+    looks = {patch.get_label(): (patch.get_facecolor(), patch.get_hatch()) for patch in figure.legends[0].get_patches()}
+    first, second, empty = (
+        looks[f"mbarrier {text}"]
+        for text in ("1024 stage 0 of 2, gemm.py:22", "1032 stage 1 of 2, gemm.py:22", "1040 stage 0 of 2, gemm.py:11")
+    )
+    assert first[0] != second[0] and first[1] == second[1] != empty[1] and first[0] == empty[0]
+    texts = {(text.get_text(), text.get_position()) for text in axes.texts}
+    assert ("0", (12.5, heights["warp 0"])) in texts and ("1", (41, heights["warp 0"])) in texts
 
 
 def test_lines_are_named_by_block_and_role() -> None:

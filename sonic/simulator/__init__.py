@@ -26,7 +26,9 @@ from sonic.simulator.errors import (
 if TYPE_CHECKING:
     from sonic.simulator.host import Simulation, enable_from_environment, hopper
     from sonic.simulator.tensors import tensor
+    from sonic.simulator.timeline import draw_timeline
     from sonic.simulator.trace import Trace
+    from sonic.simulator.waits import Wait
 
 __all__ = [
     "BarrierFault",
@@ -38,6 +40,8 @@ __all__ = [
     "SimulatorError",
     "Trace",
     "Unsupported",
+    "Wait",
+    "draw_timeline",
     "enable_from_environment",
     "hopper",
     "tensor",
@@ -46,6 +50,8 @@ __all__ = [
 _ROOM_OF_NAME = {
     "Simulation": "host",
     "Trace": "trace",
+    "Wait": "waits",
+    "draw_timeline": "timeline",
     "enable_from_environment": "host",
     "hopper": "host",
     "tensor": "tensors",

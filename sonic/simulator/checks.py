@@ -139,7 +139,7 @@ class Checker:
         self.last_read[granules] = self.fences
         if self.clocks.is_on:
             self.order_read(w, pc, words, "a load")
-            self.note_read(w.component, w.clock.item(w.component), words)
+            self.note_read(w.accessor, w.clock.item(w.accessor), words)
 
     def generic_write(self, w: Any, pc: int, granules: Granules, words: Granules | None) -> None:
         """An ordinary write; ``words`` is None for accesses that need no order, such as atomics."""
@@ -154,7 +154,7 @@ class Checker:
         self.unfenced_list.append(granules)
         if words is not None and self.clocks.is_on:
             self.order_write(w, pc, words, "a store")
-            self.note_write(w.component, w.clock.item(w.component), words)
+            self.note_write(w.accessor, w.clock.item(w.accessor), words)
 
     def copied_by_threads(self, granules: Granules) -> None:
         """cp.async has been performed for these granules: they are written by the ordinary proxy."""

@@ -28,6 +28,7 @@ from .memory import GlobalMemory, SharedMemory
 from .options import Options
 from .trace import Trace
 from .translate import Program, load
+from .waits import WaitRecorder
 from .warp import SHARED_START, Warp
 
 __all__ = ["Options", "Trace", "run"]
@@ -132,7 +133,7 @@ class Block:
             for warp in self.warps:
                 left = [action for queue in warp.bulk.values() for action in (*chain(*queue.groups), *queue.open)]
                 if left:
-                    where = self.engine.program.kernel.instructions[left[-1].number].where()
+                    where = self.engine.program.kernel.instructions[left[-1].pc].where()
                     trace.warn(
                         f"block {self.index} ends and warp {warp.index} has not waited for its bulk stores, "
                         f"which may still read shared memory: {where}"
@@ -199,6 +200,10 @@ class Engine:
         self.shared_start = SHARED_START
         self.blocks: list[Block] = []
         self.turns_without_wait = 0
+        # Who is at work: a warp in its turn, and a piece of asynchronous work that is being performed.
+        self.running: Warp | None = None
+        self.work: Action | None = None
+        self.waits = WaitRecorder(self) if options.timeline else None
         self.memory = GlobalMemory(regions)
         self.keep: list[Any] = []
         self.read_params(params)
@@ -262,10 +267,10 @@ class Engine:
         """Whether a test of a barrier fails although the phase may be complete."""
         return self.is_random and self.random.random() < 0.1
 
-    def note_wait(self, w: Warp, g: Group, pc: int) -> None:
-        """Begin of a wait, for the timeline."""
-        if self.options.timeline and w.waiting_since is None:
-            w.waiting_since = (self.trace.instructions, self.program.kernel.instructions[pc].where())
+    def note_wait(self, w: Warp, g: Group, pc: int, on: Any) -> None:
+        """Begin of a wait, for the timeline; ``on`` is what it is for."""
+        if self.waits is not None:
+            self.waits.begin(w, g, pc, on)
 
     def turn_is_over(self, w: Warp) -> None:
         """A warp ran for long: it may be waiting for what others, or asynchronous work, have yet to do."""
@@ -361,7 +366,9 @@ class Engine:
                 if self.ready:
                     warp = self.choose() if self.is_random else self.ready.popleft()
                     warp.queued = False
+                    self.running = warp
                     warp.run()
+                    self.running = None
                 elif self.pending:
                     self.perform_one()
                 elif self.alive == 0 and self.next_cluster == num_clusters:
@@ -369,6 +376,8 @@ class Engine:
                 elif self.alive:
                     raise Deadlock("sonic.simulator: no warp can run and nothing is in flight\n" + self.report())
         self.trace.seconds = time.perf_counter() - start
+        if self.waits is not None:
+            self.waits.number_stages()
         return self.trace
 
     def report(self) -> str:

@@ -114,7 +114,8 @@ def mbarrier_arrive(w: Any, g: Group, pc: int, addresses: Any, count: Any, num_b
             if drops:
                 barrier.count -= arrivals
             w.note_remote(barrier)
-            w.tell(barrier.gathered)
+            w.tell(barrier.gathered, bits)
+            w.at = pc
             barrier.arrive(arrivals)
         except MBarrierError as error:
             raise w.fault(BarrierFault, pc, str(error)) from None
@@ -128,6 +129,7 @@ def mbarrier_bytes(w: Any, g: Group, pc: int, addresses: Any, num_bytes: Any, co
     for address, bits in distinct(g, addresses):
         barrier = w.barrier(address, pc)
         amount = lane_value(g, num_bytes, bits) * bits.bit_count()
+        w.at = pc
         if completes:
             barrier.complete(amount)
         else:
@@ -142,6 +144,8 @@ def mbarrier_test(w: Any, g: Group, pc: int, addresses: Any, parity: Any, by_pha
     result = None
     for address, bits in distinct(g, addresses):
         barrier = w.barrier(address, pc)
+        if w.engine.waits is not None:
+            w.engine.waits.saw(w, pc, barrier)
         number = lane_value(g, parity, bits)
         is_done = barrier.phase != number if by_phase else barrier.is_complete(number)
         if is_done:
@@ -159,10 +163,12 @@ def mbarrier_wait(w: Any, g: Group, pc: int, following: int, addresses: Any, par
     """A loop around try_wait: go on behind it when the phase is complete."""
     for address, bits in distinct(g, addresses):
         barrier = w.barrier(address, pc)
+        if w.engine.waits is not None:
+            w.engine.waits.saw(w, pc, barrier)
         number = lane_value(g, parity, bits)
         if not barrier.is_complete(number):
             barrier.waiting.append((w, g))
-            w.engine.note_wait(w, g, pc)
+            w.engine.note_wait(w, g, pc, barrier)
             return block(g, pc, f"mbarrier wait, parity {number & 1}", barrier)
         w.hear(barrier.clock)
     w.engine.trace.add_event("mbarrier wait")
@@ -327,6 +333,8 @@ def _emit_bulk(e: Emitter, made: Instruction, parts: list[str], reduces: bool) -
         rest.remove(operation)
         if not rank and rest[-1:] and rest[-1] in ("f16", "bf16", "f32", "f64", "u32", "s32", "u64", "s64"):
             element = rest.pop()
+            if element in ("f16", "bf16") and "noftz" in rest:
+                rest.remove("noftz")
         elif not rank:
             raise refuse(made)
     to_shared = rest in (["shared::cluster", "global"], ["shared::cta", "global"])
@@ -371,11 +379,11 @@ def _emit_bulk(e: Emitter, made: Instruction, parts: list[str], reduces: bool) -
 
 def _emit_async(e: Emitter, made: Instruction, parts: list[str]) -> None:
     if parts == ["commit_group"]:
-        e.line("w.copies.commit(w)")
+        e.line(f"w.copies.commit(w, {made.pc})")
     elif parts in (["wait_all"], ["wait_group"]):
         keep = "0" if parts == ["wait_all"] else e.scalar(made.operands[0])
         if parts == ["wait_all"]:
-            e.line("w.copies.commit(w)")
+            e.line(f"w.copies.commit(w, {made.pc})")
         e.write_back(e.live)
         e.line(f"return copies_wait(w, g, {made.pc}, {keep})")
         e.ended = True
@@ -395,9 +403,14 @@ def _emit_async(e: Emitter, made: Instruction, parts: list[str]) -> None:
             others = others[:-1]
         if not isinstance(size, Imm) or len(others) > 1 or not isinstance(target, Addr) or not isinstance(source, Addr):
             raise refuse(made)
-        if others and isinstance(others[0], Reg) and others[0].width == 1:
-            raise refuse(made, "cp.async with a predicate to ignore the source")
-        amount = _value(e, others[0], 32) if others else str(size.value)
+        amount = str(size.value)
+        if others and isinstance(others[0], Reg) and others[0].width == 1:  # whether to ignore the source
+            if e.is_uniform(others[0]):
+                amount = f"(0 if {e.scalar(others[0], 1)} else {size.value})"
+            else:
+                amount = f"np.where({e.vector(others[0], 'b1')}, T_u32(0), T_u32({size.value}))"
+        elif others:
+            amount = _value(e, others[0], 32)
         to, origin = vector_address(e, target, 32), vector_address(e, source, 64)
         e.line(f"async_copy(w, {e.group}, {made.pc}, {to}, {origin}, {size.value}, {amount})")
     else:

@@ -210,6 +210,7 @@ def bar_arrive(w: Any, number: int, count: int, pc: int) -> NamedBarrier:
     if barrier.arrived > barrier.expected:
         raise w.fault(BarrierFault, pc, f"too many arrivals: {barrier.describe()}")
     w.tell(barrier.gathered)
+    w.at = pc
     w.engine.trace.add_event("bar arrive")
     return barrier
 
@@ -233,7 +234,7 @@ def bar_sync(w: Any, g: Group, number: int, count: int, pc: int) -> int:
         w.hear(barrier.gathered)
         return pc + 1
     barrier.waiting.append((w, g))
-    w.engine.note_wait(w, g, pc)
+    w.engine.note_wait(w, g, pc, barrier)
     return block(g, pc + 1, f"bar.sync {number}", barrier)
 
 
@@ -253,6 +254,7 @@ def emit_bar(e: Emitter, made: Instruction) -> None:
     if made.parts[0] == "bar" and parts == ["warp", "sync"]:
         mask = made.operands[0]
         emit_meeting(e, made, e.scalar(mask) if e.is_uniform(mask) else str(FULL))
+        e.line("w.sync_lanes()")
         e.ended = False
         return
     if made.guard is not None and not e.program.uniform[made.guard.index]:
@@ -286,6 +288,7 @@ def cluster_arrive(w: Any, pc: int, relaxed: bool) -> None:
     if w.cluster_phase is not None:
         raise w.fault(BarrierFault, pc, "barrier.cluster.arrive twice without a wait")
     w.cluster_phase = w.cta.cluster.phase
+    w.at = pc
     w.tell(w.cta.cluster.gathered)
     if not relaxed:
         publish(w)
@@ -303,7 +306,7 @@ def cluster_wait(w: Any, g: Group, pc: int) -> int:
         w.hear(cluster.gathered)
         return pc + 1
     cluster.waiting.append((w, g))
-    w.engine.note_wait(w, g, pc)
+    w.engine.note_wait(w, g, pc, cluster)
     return block(g, pc, "barrier.cluster.wait", cluster)
 
 
@@ -327,13 +330,15 @@ def _emit_cluster(e: Emitter, made: Instruction, parts: list[str]) -> None:
 def publish(w: Any) -> None:
     """Barriers that this warp initialised may be used by other blocks."""
     for barrier in w.made:
-        barrier.is_public = True
+        barrier.is_public = barrier.is_fenced = True
     w.made.clear()
 
 
 @runtime
 def fence_async(w: Any) -> None:
-    """Writes of this warp become visible to the asynchronous proxy."""
+    """Writes of this warp become visible to the asynchronous proxy, its barriers among them."""
+    for barrier in w.made:
+        barrier.is_fenced = True
     if w.cta.checker is not None:
         w.cta.checker.fence(w)
 
@@ -351,6 +356,15 @@ def emit_fence(e: Emitter, made: Instruction) -> None:
         e.line("fence_async(w)")
     elif "mbarrier_init" in made.parts:
         e.line("publish(w)")
+
+
+@emits("createpolicy", scalar=lambda made, uniform: True)
+def emit_createpolicy(e: Emitter, made: Instruction) -> None:
+    """A cache policy, of which hints make use that have no effect: any number does."""
+    known = ["L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"]
+    if made.parts[1] not in ("fractional", "range") or made.parts[-1] != "b64" or set(made.parts[2:-1]) - set(known):
+        raise refuse(made)
+    e.write_scalar_or_spread(made.operands[0], "0", "u64")
 
 
 @emits("setmaxnreg", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "discard", "applypriority", "pmevent")

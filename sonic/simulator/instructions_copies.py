@@ -16,18 +16,22 @@ from .instructions_common import DTYPES
 from .instructions_control import FULL, Group, block
 from .instructions_memory import access_global, join_columns, pattern_of
 from .mbarrier import MBarrier, MBarrierError
-from .memory import ALL_ONES, UNITS, Fault
+from .memory import ALL_ONES, UNITS, Fault, Stretch
 
 # What a box that lies wholly outside of its tensor is counted for.
 OUTSIDE = "(outside)"
 
 
 class Action:
-    """A piece of asynchronous work."""
+    """A piece of asynchronous work that a warp issued."""
 
-    __slots__ = ("perform", "done", "waiting", "what", "marks", "number")
+    __slots__ = ("perform", "done", "waiting", "what", "marks", "number", "warp", "pc", "issued")
 
-    def __init__(self, perform: Callable[[], None], what: str) -> None:
+    def __init__(self, w: Any, pc: int, perform: Callable[[], None], what: str) -> None:
+        self.warp = w
+        self.pc = pc
+        waits = w.engine.waits
+        self.issued = waits.now() if waits is not None else None
         self.perform = perform
         self.what = what
         self.done = False
@@ -37,11 +41,14 @@ class Action:
 
     def run(self) -> None:
         """Do it and wake who waits for it."""
+        engine = self.warp.engine
+        around, engine.work = engine.work, self
         self.perform()
         self.done = True
         for warp, group in self.waiting:
             warp.wake(group)
         self.waiting.clear()
+        engine.work = around
 
     def describe(self) -> str:
         """State, for reports."""
@@ -112,16 +119,96 @@ def _tensor(w: Any, address: int) -> tma.TensorMap:
     return tma.decode(stretch.raw[start : start + 60].tobytes())
 
 
+@dataclass(frozen=True)
+class GlobalSide:
+    """What a bulk copy reads or writes in global memory: a box of a tensor, or bytes in a row.
+
+    Attributes:
+        num_bytes: of the copy in shared memory.
+        inside: of these, how many are not outside of the tensor.
+        swizzle: of the box in shared memory.
+        name: of the tensor.
+        stretch: the region, ``None`` for a box that is all outside.
+        start: of the bytes in the region, without a tensor map.
+        tensor: the tensor map.
+        part: the box in it.
+    """
+
+    num_bytes: int
+    inside: int
+    swizzle: int
+    name: str
+    stretch: Stretch | None
+    start: int = 0
+    tensor: tma.TensorMap | None = None
+    part: tma.Window | None = None
+
+    @property
+    def row(self) -> np.ndarray:
+        """The bytes in a row."""
+        assert self.stretch is not None, "bytes in a row lie in a region"
+        return self.stretch.raw[self.start : self.start + self.num_bytes]
+
+    def read(self) -> np.ndarray:
+        """The granules, zero outside of the tensor."""
+        if self.tensor is not None and self.part is not None:
+            return tma.read_box(self.tensor, self.part)
+        return self.row.view(UNITS[16])
+
+    def write(self, granules: np.ndarray, operation: str | None, element: str | None) -> None:
+        """Store granules, or combine them with what is there; ``element`` is their type without a tensor map."""
+        if self.tensor is not None and self.part is not None:
+            tma.write_box(self.tensor, self.part, granules, operation)
+            return
+        place, fresh = self.row, np.ascontiguousarray(granules).view(np.uint8)
+        if operation is not None:
+            assert element is not None, "a reduction has a type"
+            raw = np.dtype(f"u{ {'f16': 2, 'bf16': 2}.get(element) or DTYPES[element]().itemsize }")
+            fresh = tma.reduced(element, operation, place.view(raw), fresh.view(raw)).view(np.uint8)
+        place[:] = fresh
+
+
+def _global_side(w: Any, copy: BulkCopy, values: list[int]) -> GlobalSide:
+    """Global memory of a load or store: ``values`` are the shared address, the global one, coordinates or bytes."""
+    address = values[1]
+    if copy.rank:
+        tensor = _tensor(w, address)
+        if len(tensor.dims) != copy.rank:
+            raise Fault(f"a tensor map of {len(tensor.dims)} dimensions, expected {copy.rank}")
+        part = tma.window(w.engine.memory, tensor, tuple(_signed(value) for value in values[2 : 2 + copy.rank]))
+        name = part.stretch.name if part.stretch is not None else OUTSIDE
+        return GlobalSide(
+            tensor.box_bytes, part.num_bytes, tensor.swizzle, name, part.stretch, tensor=tensor, part=part
+        )
+    num_bytes = values[2]
+    if num_bytes % 16 or address % 16:
+        way = "from" if copy.direction == "load" else "to"
+        raise Fault(f"a bulk copy of {num_bytes} bytes {way} 0x{address:x}, expected multiples of 16")
+    stretch = w.engine.memory.find(address, num_bytes)
+    return GlobalSide(num_bytes, num_bytes, 0, stretch.name, stretch, address - stretch.base)
+
+
+def _signalled(w: Any, address: int, pc: int) -> MBarrier:
+    """The barrier that a bulk copy signals, which a fence has to have made known to the asynchronous proxy."""
+    barrier = w.barrier(address, pc)
+    if not barrier.is_fenced and w.cta.checker is not None:
+        w.engine.trace.warn(
+            "a bulk copy signals an mbarrier of which no fence.mbarrier_init, nor fence.proxy.async, has told the "
+            f"asynchronous proxy ({w.engine.program.kernel.instructions[pc].where()})"
+        )
+    return barrier
+
+
 def _destinations(w: Any, pc: int, address: int, barrier: int, mask: int | None) -> list[tuple[Any, int, MBarrier]]:
     """(block, offset, barrier) of each copy that a load makes."""
     if mask is None:
         cta, offset = w.place(address, pc, 16, 16)
-        return [(cta, offset, w.barrier(barrier, pc))]
+        return [(cta, offset, _signalled(w, barrier, pc))]
     found = []
     for rank in range(16):
         if mask >> rank & 1:
             cta, offset = w.place(address & 0xFFFFFF | rank << 24, pc, 16, 16)
-            found.append((cta, offset, w.barrier(barrier & 0xFFFFFF | rank << 24, pc)))
+            found.append((cta, offset, _signalled(w, barrier & 0xFFFFFF | rank << 24, pc)))
     if not found:
         raise Fault("multicast to no block")
     return found
@@ -129,25 +216,11 @@ def _destinations(w: Any, pc: int, address: int, barrier: int, mask: int | None)
 
 def _issue_load(w: Any, pc: int, copy: BulkCopy, values: list[int]) -> None:
     engine = w.engine
-    address, origin = values[:2]
     mask = values[-1] if copy.multicast else None
     barrier = values[-2] if copy.multicast else values[-1]
-    if copy.rank:
-        tensor = _tensor(w, origin)
-        coordinates = tuple(_signed(value) for value in values[2 : 2 + copy.rank])
-        if len(tensor.dims) != copy.rank:
-            raise Fault(f"a tensor map of {len(tensor.dims)} dimensions, expected {copy.rank}")
-        part = tma.window(engine.memory, tensor, coordinates)
-        num_bytes, inside, swizzle = tensor.box_bytes, part.num_bytes, tensor.swizzle
-        name = part.stretch.name if part.stretch is not None else OUTSIDE
-    else:
-        num_bytes = inside = values[2]
-        swizzle = 0
-        if num_bytes % 16 or origin % 16:
-            raise Fault(f"a bulk copy of {num_bytes} bytes from 0x{origin:x}, expected multiples of 16")
-        stretch = engine.memory.find(origin, num_bytes)
-        name = stretch.name
-    targets = _destinations(w, pc, address, barrier, mask)
+    side = _global_side(w, copy, values)
+    num_bytes = side.num_bytes
+    targets = _destinations(w, pc, values[0], barrier, mask)
     marks = []
     for cta, offset, _ in targets:
         _check_place(cta, offset, num_bytes, 128 if copy.rank else 16)
@@ -157,27 +230,24 @@ def _issue_load(w: Any, pc: int, copy: BulkCopy, values: list[int]) -> None:
             marks.append(cta.checker.open_write(whole, "bulk load"))
         else:
             marks.append(None)
-    engine.trace.add("TMA load" if copy.rank else "bulk load", name, 1, inside, 0)
+    path = "TMA load" if copy.rank else "bulk load"
+    engine.trace.add(path, side.name, 1, side.inside, 0)
     if len(targets) > 1:
-        engine.trace.add("multicast", name, len(targets) - 1, inside * (len(targets) - 1), 0)
+        engine.trace.add("multicast", side.name, len(targets) - 1, side.inside * (len(targets) - 1), 0)
 
     def perform() -> None:
-        if copy.rank:
-            data = tma.read_box(tensor, tma.window(engine.memory, tensor, coordinates))
-        else:
-            start = origin - stretch.base
-            data = stretch.raw[start : start + num_bytes].view(UNITS[16])
+        data = side.read()
         raw = data.tobytes() if any(cta.checker is not None for cta, _, _ in targets) else b""
         for (cta, offset, signal), mark in zip(targets, marks, strict=True):
             if cta.finished:
                 raise w.fault(MemoryFault, pc, f"a bulk load into block {cta.index}, which has ended")
-            granules = tma.granules_of(offset, num_bytes, swizzle)
+            granules = tma.granules_of(offset, num_bytes, side.swizzle)
             cta.shared.views[16][granules] = data
             if ALL_ONES in raw:
                 cta.shared.note_written(slice(offset >> 2, offset + num_bytes >> 2), ALL_ONES)
             _complete(w, signal, num_bytes, mark, slice(offset >> 2, offset + num_bytes >> 2))
 
-    engine.defer(Action(perform, "bulk load"))
+    engine.defer(Action(w, pc, perform, path))
 
 
 def _complete(w: Any, barrier: MBarrier, num_bytes: int, mark: Mark | None, words: slice) -> None:
@@ -200,26 +270,12 @@ def _check_place(cta: Any, offset: int, num_bytes: int, align: int) -> None:
 def _issue_store(w: Any, g: Group, pc: int, copy: BulkCopy, values: list[int]) -> None:
     engine = w.engine
     cta, offset = w.place(values[0], pc, 16, 16)
-    target = values[1]
-    if copy.rank:
-        tensor = _tensor(w, target)
-        coordinates = tuple(_signed(value) for value in values[2 : 2 + copy.rank])
-        if len(tensor.dims) != copy.rank:
-            raise Fault(f"a tensor map of {len(tensor.dims)} dimensions, expected {copy.rank}")
-        part = tma.window(engine.memory, tensor, coordinates)
-        num_bytes, inside, swizzle = tensor.box_bytes, part.num_bytes, tensor.swizzle
-        name = part.stretch.name if part.stretch is not None else OUTSIDE
-    else:
-        num_bytes = inside = values[2]
-        swizzle = 0
-        if num_bytes % 16 or target % 16:
-            raise Fault(f"a bulk copy of {num_bytes} bytes to 0x{target:x}, expected multiples of 16")
-        stretch = engine.memory.find(target, num_bytes)
-        name = stretch.name
+    side = _global_side(w, copy, values)
+    num_bytes = side.num_bytes
     _check_place(cta, offset, num_bytes, 128 if copy.rank else 16)
-    granules = tma.granules_of(offset, num_bytes, swizzle)
+    granules = tma.granules_of(offset, num_bytes, side.swizzle)
     path = ("TMA" if copy.rank else "bulk") + (f" reduce {copy.operation}" if copy.operation else " store")
-    engine.trace.add(path, name, 1, inside, 0)
+    engine.trace.add(path, side.name, 1, side.inside, 0)
 
     def perform() -> None:
         data = cta.shared.views[16][granules]
@@ -229,20 +285,9 @@ def _issue_store(w: Any, g: Group, pc: int, copy: BulkCopy, values: list[int]) -
                 cta.shared.check_read(words)
             except Fault as fault:
                 w.read_uninitialised(pc, str(fault))
-        if copy.rank:
-            tma.write_box(tensor, tma.window(engine.memory, tensor, coordinates), data, copy.operation)
-            return
-        start = target - stretch.base
-        place = stretch.raw[start : start + num_bytes]
-        fresh = np.ascontiguousarray(data).view(np.uint8)
-        if copy.operation is not None:
-            assert copy.element is not None, "a reduction has a type"
-            raw = np.dtype(f"u{ {'f16': 2, 'bf16': 2}.get(copy.element) or DTYPES[copy.element]().itemsize }")
-            fresh = tma.reduced(copy.element, copy.operation, place.view(raw), fresh.view(raw)).view(np.uint8)
-        place[:] = fresh
+        side.write(data, copy.operation, copy.element)
 
-    action = Action(perform, path)
-    action.number = pc
+    action = Action(w, pc, perform, path)
     if cta.checker is not None:
         whole = slice(offset >> 4, offset + num_bytes >> 4)
         cta.checker.async_read(w, pc, whole, f"a {path}")
@@ -264,7 +309,7 @@ def _issue_between(w: Any, pc: int, values: list[int]) -> None:
     cta, offset = w.place(values[0], pc, 16, 16)
     origin, start = w.place(values[1], pc, 16, 16)
     num_bytes = values[2]
-    signal = w.barrier(values[3], pc)
+    signal = _signalled(w, values[3], pc)
     _check_place(cta, offset, num_bytes, 16)
     _check_place(origin, start, num_bytes, 16)
     mark = None
@@ -281,7 +326,7 @@ def _issue_between(w: Any, pc: int, values: list[int]) -> None:
         cta.shared.note_written(slice(offset >> 2, offset + num_bytes >> 2), data.tobytes())
         _complete(w, signal, num_bytes, mark, slice(offset >> 2, offset + num_bytes >> 2))
 
-    engine.defer(Action(perform, "copy between blocks"))
+    engine.defer(Action(w, pc, perform, "copy between blocks"))
 
 
 # ---------------------------------------------------------------- groups of bulk stores
@@ -314,7 +359,7 @@ def bulk_wait(w: Any, g: Group, pc: int, keep: int) -> int:
             for action in queue.groups[0]:
                 if not action.done:
                     action.waiting.append((w, g))
-                    w.engine.note_wait(w, g, pc)
+                    w.engine.note_wait(w, g, pc, action)
                     return block(g, pc, "cp.async.bulk.wait_group", action)
             for action in queue.groups.popleft():
                 for mark in action.marks:
@@ -339,7 +384,7 @@ class ThreadCopies:
         self.groups: deque[Action] = deque()
         self.order: deque[Action] = deque()
 
-    def bundle(self, w: Any, last: Callable[[], None] | None, what: str) -> Action:
+    def bundle(self, w: Any, pc: int, last: Callable[[], None] | None, what: str) -> Action:
         """All copies issued so far, and what follows them, as one action behind the earlier ones of this warp."""
         work, self.open = self.open, []
         marks, self.open_marks = self.open_marks, []
@@ -359,15 +404,15 @@ class ThreadCopies:
             if self.order and self.order[0] is action:
                 self.order.popleft()
 
-        action = Action(perform, what)
+        action = Action(w, pc, perform, what)
         action.marks = marks
         action.number = self.bundles
         self.order.append(action)
         return action
 
-    def commit(self, w: Any) -> None:
+    def commit(self, w: Any, pc: int) -> None:
         """Close the group of copies."""
-        action = self.bundle(w, None, "cp.async group")
+        action = self.bundle(w, pc, None, "cp.async group")
         self.groups.append(action)
         w.engine.defer(action)
 
@@ -378,7 +423,7 @@ def copies_wait(w: Any, g: Group, pc: int, keep: int) -> int:
     while len(groups) > keep:
         if not groups[0].done:
             groups[0].waiting.append((w, g))
-            w.engine.note_wait(w, g, pc)
+            w.engine.note_wait(w, g, pc, groups[0])
             return block(g, pc, "cp.async.wait_group", groups[0])
         action = groups.popleft()
         for mark in action.marks:
@@ -479,7 +524,7 @@ def arrive_when_copied(w: Any, g: Group, pc: int, addresses: Any, noinc: bool) -
                 raise w.fault(BarrierFault, pc, str(error)) from None
 
     w.engine.trace.add_event("mbarrier arrive", g.bits.bit_count())
-    action = w.copies.bundle(w, last, "arrival behind cp.async")
+    action = w.copies.bundle(w, pc, last, "cp.async arrival")
     w.engine.defer(action)
 
 
@@ -514,7 +559,7 @@ def store_async(
             cta.shared.note_written(slice(offset >> 2, offset + total >> 2), data.tobytes())
             _complete(w, barrier, total, mark, slice(offset >> 2, offset + total >> 2))
 
-    w.engine.defer(Action(perform, "st.async"))
+    w.engine.defer(Action(w, pc, perform, "st.async"))
 
 
 def replace_field(w: Any, g: Group, pc: int, shared: bool, address: Any, field: str, ordinal: int, value: Any) -> None:

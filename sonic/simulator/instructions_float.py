@@ -112,6 +112,49 @@ def pack_f16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return pair.view(np.uint32)[:, 0]
 
 
+def towards_zero(x: np.ndarray, kind: str) -> np.ndarray:
+    """float32 to the bits of fp16 or bf16, cutting off; no-numbers become 0x7FFF."""
+    if kind == "bf16":
+        bits = (x.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    else:
+        near = x.astype(np.float16)
+        beyond = np.abs(near.astype(np.float32)) > np.abs(x)
+        bits = np.where(beyond, np.nextafter(near, np.float16(0)), near).view(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
+
+
+@runtime
+def to_half(x: np.ndarray, kind: str, rounding: str, relu: bool) -> np.ndarray:
+    """float32 to the bits of fp16 or bf16, ``rn`` or ``rz``; with ``relu`` what is below zero becomes zero."""
+    if relu:
+        x = np.where((x > 0) | np.isnan(x), x, np.float32(0))
+    if rounding == "rz":
+        return towards_zero(x, kind)
+    if kind == "bf16":
+        return (to_bf16(x) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), x.astype(np.float16).view(np.uint16))
+
+
+@runtime
+def pack_halves(high: np.ndarray, low: np.ndarray, kind: str, rounding: str, relu: bool) -> np.ndarray:
+    """Two float32 to one register of two fp16 or bf16."""
+    pair = [to_half(x, kind, rounding, relu).astype(np.uint32) for x in (high, low)]
+    return pair[0] << np.uint32(16) | pair[1]
+
+
+@runtime
+def half_function(function: Any, x: np.ndarray, kind: str, ftz: bool) -> np.ndarray:
+    """A function of float32 on fp16, bf16 or pairs of them."""
+    results = []
+    for part in halves(x, kind):
+        number = flush(part.astype(np.float32)) if ftz else part.astype(np.float32)
+        value = function(number)
+        results.append(to_half(flush(value) if ftz else value, kind.removesuffix("x2"), "rn", False))
+    if len(results) == 1:
+        return results[0]
+    return results[0].astype(np.uint32) | results[1].astype(np.uint32) << np.uint32(16)
+
+
 @runtime
 def from_bf16(bits: np.ndarray) -> np.ndarray:
     """bf16 bits in uint16 to float32."""
@@ -178,8 +221,8 @@ def halves(x: np.ndarray, kind: str) -> list[np.ndarray]:
 
 
 @runtime
-def small_arithmetic(operation: str, kind: str, *sources: np.ndarray) -> np.ndarray:
-    """Arithmetic of fp16, bf16 and pairs of them, with one rounding."""
+def small_arithmetic(operation: str, kind: str, *sources: np.ndarray, mod: str = "") -> np.ndarray:
+    """Arithmetic of fp16, bf16 and pairs of them, with one rounding; ``mod`` is ``relu``, ``NaN`` or nothing."""
     columns = [halves(np.broadcast_to(source, (32,)), kind) for source in sources]
     results = []
     for n in range(len(columns[0])):
@@ -191,9 +234,12 @@ def small_arithmetic(operation: str, kind: str, *sources: np.ndarray) -> np.ndar
         elif operation == "mul":
             value = x[0] * x[1]
         elif operation in ("min", "max"):
-            value = np.fmin(x[0], x[1]) if operation == "min" else np.fmax(x[0], x[1])
+            names = {"min": np.minimum, "max": np.maximum} if mod == "NaN" else {"min": np.fmin, "max": np.fmax}
+            value = names[operation](x[0], x[1])
         else:
             value = -x[0] if operation == "neg" else np.abs(x[0])
+        if mod == "relu":
+            value = np.where((value > 0) | np.isnan(value), value, 0.0)
         if kind.startswith("bf"):
             results.append((to_bf16(_odd_float32(value)) >> np.uint32(16)).astype(np.uint16))
         else:
@@ -209,19 +255,20 @@ def small_arithmetic(operation: str, kind: str, *sources: np.ndarray) -> np.ndar
 def arithmetic(e: Emitter, made: Instruction) -> None:
     """add, sub, mul, fma, div, min, max, neg, abs."""
     root, kind = made.parts[0], made.parts[-1]
-    extra = ("NaN",) if root in ("min", "max") else ()
+    extra = ("NaN",) if root in ("min", "max") else ("relu",) if root == "fma" and kind not in ("f32", "f64") else ()
     mods = take(made, (*ROUNDINGS, "ftz", "sat", "approx", "full", *extra, kind))[:-1]
     if kind not in FLOATS:
         raise refuse(made)
     d, sources = made.operands[0], made.operands[1:]
     rounding = next((mod for mod in mods if mod in ROUNDINGS), "rn")
     if kind in ("f16", "bf16", "f16x2", "bf16x2"):
-        if rounding != "rn" or root == "div" or {"sat", "ftz", "NaN"} & set(mods):
+        if rounding != "rn" or root == "div" or {"sat", "ftz"} & set(mods):
             raise refuse(made)
+        mod = next((f", mod={mod!r}" for mod in mods if mod in ("relu", "NaN")), "")
         texts = ", ".join(e.vectors(sources, plain(kind)))
         if kind == "f16":
             texts = ", ".join(e.vectors(sources, "u16"))
-        e.write(d, f"small_arithmetic({root!r}, {kind!r}, {texts})", f"u{bits_of(kind)}")
+        e.write(d, f"small_arithmetic({root!r}, {kind!r}, {texts}{mod})", f"u{bits_of(kind)}")
         return
     x = e.vectors(sources, kind)
     ftz = "ftz" in mods
@@ -290,7 +337,17 @@ _UNARY = {
 
 @emits(*_UNARY)
 def emit_unary(e: Emitter, made: Instruction) -> None:
-    """Reciprocal, roots, powers and trigonometry of float32."""
+    """Reciprocal, roots, powers and trigonometry of float32; powers of two and tanh also of fp16 and bf16."""
+    kind = made.parts[-1]
+    if kind in ("f16", "bf16", "f16x2", "bf16x2"):
+        ftz = made.parts[0] == "ex2" and kind.startswith("bf")  # which the manual has in no other form
+        if made.parts[0] not in ("ex2", "tanh") or made.parts[1:-1] != (["approx", "ftz"] if ftz else ["approx"]):
+            raise refuse(made)
+        d, a = made.operands
+        x = e.vector(a, "f16" if kind == "f16" else plain(kind), full=True)
+        name = {"ex2": "np.exp2", "tanh": "np.tanh"}[made.parts[0]]
+        e.write(d, f"half_function({name}, {x}, {kind!r}, {ftz})", f"u{bits_of(kind)}")
+        return
     mods = take(made, ("approx", "rn", "ftz", "f32"))
     if mods[-1] != "f32":
         raise refuse(made)
@@ -371,10 +428,17 @@ def emit_cvt(e: Emitter, made: Instruction) -> None:
     d, sources = made.operands[0], made.operands[1:]
     known = (*ROUNDINGS, *_TO_INTEGER, "ftz", "sat", "satfinite", "rna", "relu", "pack")
     for mod in mods:
-        if mod not in known or mod in ("relu", "pack"):
+        if mod not in known or mod == "pack" or (mod == "relu" and (source != "f32" or "f16" not in target)):
             raise refuse(made, f"modifier .{mod}")
     if target in _INTEGER_KINDS and source in _INTEGER_KINDS:
         _integer_to_integer(e, made, d, sources[0], target, source, mods)
+    elif target in ("bf16", "f16") and source == "f32" and "relu" in mods:
+        if mods not in (["rn", "relu"], ["rz", "relu"]):
+            raise refuse(made)
+        e.write(d, f"to_half({e.vector(sources[0], 'f32', full=True)}, {target!r}, {mods[0]!r}, True)", "u16")
+    elif target in ("bf16x2", "f16x2") and source == "f32" and mods in (["rn", "relu"], ["rz"], ["rz", "relu"]):
+        high, low = e.vector(sources[0], "f32", full=True), e.vector(sources[1], "f32", full=True)
+        e.write(d, f"pack_halves({high}, {low}, {target[:-2]!r}, {mods[0]!r}, {'relu' in mods})", "u32")
     elif target in ("bf16x2", "f16x2") and source == "f32":
         if mods != ["rn"]:
             raise refuse(made)

@@ -12,6 +12,7 @@ from .instructions_common import DTYPES, MASKS, Emitter, bits_of, emits, plain, 
 from .instructions_control import FULL, Group, emit_meeting
 from .memory import ALL_ONES, UNITS, Fault, Pattern, Scattered, SharedMemory, Stretch
 from .ptx import Addr, Instruction, Operand, Reg, Sym, Vec
+from .tma import reduced
 
 SPACES = ("param", "global", "shared", "shared::cta", "shared::cluster", "const", "local")
 HINTS = frozenset(
@@ -200,25 +201,41 @@ def write_shared(w: Any, pc: int, path: str, active: np.ndarray, total: int, joi
         checker.generic_write(w, pc, pattern.granules, pattern.words if total >= 4 else None)
 
 
+def with_lanes(w: Any, g: Group) -> None:
+    """An access by some lanes begins: that of one lane alone is its own. It ends with ``accessor = accesses``."""
+    if not g.bits & (g.bits - 1) and w.clock is not None:
+        w.accessor = w.access_component(g.bits)
+
+
 @runtime
 def load_shared(w: Any, g: Group, pc: int, addresses: np.ndarray, size: int, count: int) -> list[np.ndarray]:
     """Load from shared memory of any block of the cluster."""
-    active = addresses if g.bits == FULL else addresses[g.mask]
-    return split_columns(g, read_shared(w, pc, "ld.shared", active, size * count), size, count)
+    if g.bits == FULL:
+        return split_columns(g, read_shared(w, pc, "ld.shared", addresses, size * count), size, count)
+    with_lanes(w, g)
+    values = read_shared(w, pc, "ld.shared", addresses[g.mask], size * count)
+    w.accessor = w.accesses
+    return split_columns(g, values, size, count)
 
 
 @runtime
 def load_shared_one(w: Any, g: Group, pc: int, address: int, size: int, count: int) -> list[int]:
     """The same for lanes that all load from one address."""
+    with_lanes(w, g)
     values = read_shared(w, pc, "ld.shared", np.array([address], np.uint32), size * count)
+    w.accessor = w.accesses
     return values.view(UNITS[size]).tolist()
 
 
 @runtime
 def store_shared(w: Any, g: Group, pc: int, addresses: np.ndarray, size: int, values: list[np.ndarray]) -> None:
     """Store to shared memory of any block of the cluster."""
-    active = addresses if g.bits == FULL else addresses[g.mask]
-    write_shared(w, pc, "st.shared", active, size * len(values), join_columns(g, values, size))
+    if g.bits == FULL:
+        write_shared(w, pc, "st.shared", addresses, size * len(values), join_columns(g, values, size))
+        return
+    with_lanes(w, g)
+    write_shared(w, pc, "st.shared", addresses[g.mask], size * len(values), join_columns(g, values, size))
+    w.accessor = w.accesses
 
 
 @runtime
@@ -397,6 +414,50 @@ def atomic(
     return old
 
 
+_SMALL_SUMS = {"f16": ("f16", 2), "bf16": ("bf16", 2), "f16x2": ("f16", 4), "bf16x2": ("bf16", 4), "f32": ("f32", 4)}
+
+
+@runtime
+def add_atomically(
+    w: Any, g: Group, pc: int, element: str, addresses: np.ndarray, size: int, values: list[np.ndarray]
+) -> list[np.ndarray]:
+    """Add vectors, or pairs of small numbers, in global memory, lane after lane; returns what was there."""
+    total = size * len(values)
+    active = addresses[g.mask]
+    bits = np.uint32 if element == "f32" else np.uint16
+    rows = join_columns(g, values, size).view(bits).reshape(len(active), -1)
+    old = np.zeros_like(rows)
+    for lanes, stretch, index in access_global(w, pc, "atom.global", active, total):
+        cells = stretch.views[rows.itemsize]
+        for lane, place in zip(np.arange(len(active))[lanes].tolist(), index.tolist(), strict=True):
+            part = slice(place * rows.shape[1], (place + 1) * rows.shape[1])
+            old[lane] = cells[part]
+            cells[part] = reduced(element, "add", cells[part], rows[lane])
+    return split_columns(g, old.reshape(-1).view(UNITS[total]), size, len(values))
+
+
+def _emit_small_sums(e: Emitter, made: Instruction, target: Operand, source: Operand, results: list[Operand]) -> bool:
+    """Sums of vectors of float32, of fp16 and bf16; false if the instruction is something else."""
+    kind = next((part for part in made.parts[1:] if part in _SMALL_SUMS), None)
+    vector = next((part for part in made.parts[1:] if part in ("v2", "v4", "v8")), None)
+    if kind is None or (kind == "f32" and vector is None):
+        return False
+    element, size = _SMALL_SUMS[kind]
+    sources = source.items if isinstance(source, Vec) else (source,)
+    rest = [part for part in made.parts[1:] if part not in (kind, vector) and part not in HINTS]
+    operations = ["global", "add"] if kind == "f32" else ["add", "global", "noftz"]
+    count = int(vector[1]) if vector else 1
+    fits = sorted(rest) == sorted(operations) and len(sources) == count and size * count <= 16
+    if not fits or not isinstance(target, Addr) or len(results) not in (0, count):
+        raise refuse(made)
+    values = ", ".join(e.vector(item, f"u{8 * size}", full=True) for item in sources)
+    address = vector_address(e, target, 64)
+    old = e.temp(f"add_atomically(w, {e.group}, {made.pc}, {element!r}, {address}, {size}, [{values}])")
+    for n, result in enumerate(results):
+        e.write(result, f"{old}[{n}]", f"u{8 * size}")
+    return True
+
+
 def _atomic_parts(made: Instruction) -> tuple[str, str, str, int]:
     space, operation, count = "generic", "", 1
     for part in made.parts[1:-1]:
@@ -417,8 +478,10 @@ def _atomic_parts(made: Instruction) -> tuple[str, str, str, int]:
 @emits("atom")
 def emit_atom(e: Emitter, made: Instruction) -> None:
     """Read, change and write, without interruption."""
-    operation, kind, space, count = _atomic_parts(made)
     d, target = made.operands[:2]
+    if _emit_small_sums(e, made, target, made.operands[2], list(d.items) if isinstance(d, Vec) else [d]):
+        return
+    operation, kind, space, count = _atomic_parts(made)
     if count != 1 or not isinstance(target, Addr):
         raise refuse(made)
     number = 2 if operation == "cas" else 1
@@ -433,19 +496,15 @@ def emit_red(e: Emitter, made: Instruction) -> None:
     """The same without a result."""
     if "async" in made.parts:
         raise refuse(made)
-    operation, kind, space, count = _atomic_parts(made)
     target, source = made.operands[:2]
-    if not isinstance(target, Addr):
+    if _emit_small_sums(e, made, target, source, []):
+        return
+    operation, kind, space, count = _atomic_parts(made)
+    if not isinstance(target, Addr) or count != 1:
         raise refuse(made)
-    sources = source.items if isinstance(source, Vec) else (source,)
-    if len(sources) != count:
-        raise refuse(made)
-    width = 32 if space == "shared" else 64
-    for n, value in enumerate(sources):
-        place = Addr(target.base, target.offset + n * bits_of(kind) // 8)
-        address = vector_address(e, place, width)
-        text = e.vector(value, kind, full=True)
-        e.line(f"atomic(w, {e.group}, {made.pc}, {operation!r}, {kind!r}, {space!r}, {address}, {text})")
+    address = vector_address(e, target, 32 if space == "shared" else 64)
+    text = e.vector(source, kind, full=True)
+    e.line(f"atomic(w, {e.group}, {made.pc}, {operation!r}, {kind!r}, {space!r}, {address}, {text})")
 
 
 # ---------------------------------------------------------------- matrices

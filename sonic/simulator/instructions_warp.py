@@ -167,16 +167,30 @@ def match_any(g: Group, value: np.ndarray, mask: int) -> np.ndarray:
     return (same * weights).sum(axis=1, dtype=np.uint32)
 
 
+@runtime
+def match_all(g: Group, value: np.ndarray, mask: int) -> int:
+    """The lanes that vote if all of them hold the same value, else none."""
+    voters = mask & g.bits
+    chosen = value[lanes_of(voters)]
+    return voters if (chosen == chosen[0]).all() else 0
+
+
 @emits("match")
 def emit_match(e: Emitter, made: Instruction) -> None:
     """Lanes with equal values."""
-    if made.parts[1:] not in (["any", "sync", "b32"], ["any", "sync", "b64"], ["sync", "any", "b32"]):
+    if made.parts[1] not in ("any", "all") or made.parts[2:] not in (["sync", "b32"], ["sync", "b64"]):
         raise refuse(made)
     d, a, member = made.operands
     if not e.is_uniform(member):
         raise refuse(made)
     emit_meeting(e, made, e.scalar(member))
     width = made.parts[3][1:]
+    if made.parts[1] == "all":
+        found = e.temp(f"match_all(g, {e.vector(a, f'u{width}', full=True)}, {e.scalar(member)})")
+        e.write_scalar_or_spread(d.first if isinstance(d, Pair) else d, found, "u32")
+        if isinstance(d, Pair):
+            e.write_scalar_or_spread(d.second, f"{found} != 0", "b1")
+        return
     e.write(d, f"match_any(g, {e.vector(a, f'u{width}', full=True)}, {e.scalar(member)})", "u32")
 
 

@@ -140,6 +140,7 @@ def issue_product(w: Any, g: Group, pc: int, index: int, a: Any, b: int, keeps: 
     team: Warpgroup = w.team
     sequence = w.products_issued
     w.products_issued += 1
+    w.at = pc
     item = team.started.get(sequence)
     if item is None:
         item = team.started[sequence] = Issued(product, b, keeps, pc, sequence)
@@ -245,7 +246,7 @@ def wait_products(w: Any, g: Group, pc: int, keep: int) -> int:
     team: Warpgroup = w.team
     if team.complete < target:
         team.waiting.append((w, g))
-        w.engine.note_wait(w, g, pc)
+        w.engine.note_wait(w, g, pc, team)
         return block(g, pc, "wgmma.wait_group", team)
     team.run_until(target, w)
     del groups[: len(groups) - keep]

@@ -33,6 +33,7 @@ class MBarrier:
         "gathered",
         "component",
         "is_public",
+        "is_fenced",
     )
 
     def __init__(self, rank: int, offset: int, count: int) -> None:
@@ -51,7 +52,9 @@ class MBarrier:
         self.clock: Any = None
         self.gathered: Any = None
         self.component = -1
+        # Whether a fence has told other blocks of it, and the asynchronous proxy.
         self.is_public = False
+        self.is_fenced = False
 
     def describe(self) -> str:
         """State, for reports."""

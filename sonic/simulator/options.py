@@ -21,7 +21,7 @@ class Options:
         uninitialised: ``error`` or ``warn``: what a read of shared memory that was never written is. Some kernels load
             rows beyond the end of a tensor that way and then drop them.
         step_budget: most warp instructions of a launch; a spin on memory that never changes ends there.
-        timeline: keep (warp, instruction, start, end) of every wait.
+        timeline: keep every wait that stopped a warp: its barrier, its stage, who ended it; see `Trace.timeline`.
         resident_ctas: how many thread blocks are alive at a time unless the launch is cooperative.
     """
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .waits import Ender, Wait
+
+__all__ = ["Ender", "SharedTraffic", "Trace", "Traffic", "Wait"]
+
 
 @dataclass
 class Traffic:
@@ -26,17 +30,6 @@ class SharedTraffic:
 
 
 @dataclass
-class Wait:
-    """One wait of a warp, in instructions executed so far by the whole launch."""
-
-    block: int
-    warp: int
-    what: str
-    start: int
-    end: int
-
-
-@dataclass
 class Trace:
     """Counts of one launch.
 
@@ -50,7 +43,7 @@ class Trace:
         flops: of wgmma.
         seconds: wall time in the engine.
         warnings: suspicious things that are no errors, each once.
-        timeline: waits, if asked for.
+        timeline: waits, in the order in which they ended, and who ended each, if asked for.
     """
 
     name: str = ""

@@ -8,12 +8,11 @@ import numpy as np
 
 from .checks import learn
 from .errors import BarrierFault, MemoryFault, SimulatorError
-from .instructions_control import Group
+from .instructions_control import FULL, Group
 from .instructions_copies import BulkGroups, ThreadCopies
 from .instructions_wgmma import Warpgroup
 from .mbarrier import MBarrier
 from .memory import Fault
-from .trace import Wait
 
 SHARED_START = 1024  # what lies below belongs to the system
 QUANTUM = 3000  # runs of a warp before another one gets its turn
@@ -51,11 +50,20 @@ class Warp:
         clocks = cta.cluster.clocks
         self.clock: Any = None
         self.component = -1
+        # Of ordinary accesses: those of several lanes count as the warp's, those of one lane as that lane's. For each
+        # of these components: the lanes behind it, and up to which value all lanes of the warp know of each other.
+        self.accesses = self.accessor = -1
+        self.lanes: dict[int, int] = {}
+        self.synced: dict[int, int] = {}
+        self.single: dict[int, int] = {}
         if clocks.is_on:
             self.component = clocks.component(("warp", cta.rank, index), f"warp {index} of block {cta.index}")
             self.clock = clocks.new()
             self.clock[self.component] = 1
-        self.waiting_since: tuple[int, str] | None = None
+            self.accesses = self.accessor = self.access_component(FULL)
+        # For the timeline: instructions of this turn that the trace does not count yet, and the last that others saw.
+        self.steps = 0
+        self.at = 0
         linear = LANES + np.uint32(32 * index)
         x, y, _ = engine.config.block
         self.specials: dict[str, Any] = {
@@ -116,11 +124,36 @@ class Warp:
             raise self.fault(BarrierFault, pc, text)
         return found
 
-    def tell(self, clock: Any) -> None:
-        """Hand what this warp knows, and did so far, to a barrier."""
-        if clock is not None:
-            learn(clock, self.clock)
-            self.clock[self.component] += 1
+    def tell(self, clock: Any, bits: int = FULL) -> None:
+        """Hand what some lanes know, and did so far, to a barrier: of other lanes' accesses those before they met."""
+        if clock is None:
+            return
+        known = self.clock
+        if self.live & ~bits:
+            known = known.copy()
+            for component, lanes in self.lanes.items():
+                if lanes & self.live & ~bits:
+                    known[component] = self.synced[component]
+        learn(clock, known)
+        self.clock[self.component] += 1
+        for component in self.lanes:
+            self.clock[component] += 1
+
+    def access_component(self, bits: int) -> int:
+        """Component of the ordinary accesses of one lane alone, or of several together (``FULL``)."""
+        if bits in self.single:
+            return self.single[bits]
+        name = f"{'' if bits & (bits - 1) else 'a lane of '}warp {self.index} of block {self.cta.index}"
+        component = self.cta.cluster.clocks.component(("accesses", self.cta.rank, self.index, bits), name)
+        self.lanes[component], self.synced[component], self.clock[component] = bits, 0, 1
+        self.single[bits] = component
+        return component
+
+    def sync_lanes(self) -> None:
+        """``bar.warp.sync``: each lane knows from now on what the others did."""
+        for component in self.lanes:
+            self.synced[component] = self.clock.item(component)
+            self.clock[component] += 1
 
     def note_remote(self, barrier: MBarrier) -> None:
         """This warp arrives at a barrier, maybe of another block, which must not end before it knows of that."""
@@ -131,6 +164,8 @@ class Warp:
         """Take what a barrier's arrivals brought."""
         if clock is not None:
             learn(self.clock, clock)
+            for component in self.lanes:
+                self.synced[component] = max(self.synced[component], clock.item(component))
 
     def counter(self, what: str, detail: int = 0) -> int:
         """Component of something that this warp counts, such as its groups of bulk stores."""
@@ -148,6 +183,7 @@ class Warp:
     def exit(self, g: Group) -> None:
         """End the threads of a group."""
         self.live &= ~g.bits
+        self.at = len(self.engine.program.kernel.instructions) - 1
         self.groups.remove(g)
         for group in self.groups:
             if group.blocked == "meet":
@@ -159,12 +195,8 @@ class Warp:
         """A group may go on."""
         g.blocked = None
         g.waits_on = None
-        if self.waiting_since is not None:
-            start, what = self.waiting_since
-            self.waiting_since = None
-            self.engine.trace.timeline.append(
-                Wait(self.cta.index, self.index, what, start, self.engine.trace.instructions)
-            )
+        if self.engine.waits is not None:
+            self.engine.waits.end(g)
         if not self.queued:
             self.queued = True
             self.engine.ready.append(self)
@@ -200,6 +232,7 @@ class Warp:
                     steps += program.fine_length[pc]
                 else:
                     steps += length[pc]
+                self.steps = steps
                 pc = function(self, g)
                 if pc < 0:
                     break
@@ -207,9 +240,11 @@ class Warp:
                 if quantum <= 0:
                     g.pc = pc
                     trace.instructions += steps
+                    self.steps = 0
                     engine.turn_is_over(self)
                     return
             trace.instructions += steps
+            self.steps = 0
 
     def step_group(self) -> bool:
         """Let one of several groups do one run; false if none can."""
