@@ -210,13 +210,17 @@ def measure_cell(
     return cell
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, name: str = "kernels") -> int:
     """Run the benchmark from the command line.
+
+    Args:
+        argv: of the command line; None: those of the process.
+        name: of the benchmark, in its report and in the names of its files.
 
     Returns:
         0, or 1 if a contender computes something wrong.
     """
-    parser = _parser()
+    parser = _parser(name)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.chip is not None and device.type == "cpu":
@@ -227,27 +231,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     contenders = _contenders(arguments, backends)
     missing = {name: why for name in arguments.rivals if (why := kernel_rivals.why_not_importable(name)) is not None}
 
-    found = report.new_report("kernels", sys.argv[1:] if argv is None else argv, missing)
+    found = report.new_report(name, sys.argv[1:] if argv is None else argv, missing)
     found |= {"seed": SEED, "device": _device_report(device, arguments.chip)}
     print(_device_line(found["device"]))
     out = arguments.out
     if out is None and not arguments.quick:
         chip_slug = measure.slug(found["device"]["chip"] or found["device"]["name"])
-        out = report.RESULTS / f"kernels_{chip_slug}_{found['machine']['date']}.json"
+        out = report.RESULTS / f"{name}_{chip_slug}_{found['machine']['date']}.json"
     if out is not None and out.exists() and not arguments.overwrite:
         found["cells"] = _earlier_cells(parser, out, found)
     cells = found["cells"]
-    for name, shape in shapes.items():
+    for shape_name, shape in shapes.items():
         routing: Routing | None = None
         for op in arguments.ops or OPS:
             place = _place(cells, shape, op, arguments)
             if place is not None and contenders.keys() <= {*cells[place]["contenders"], *cells[place]["missing"]}:
-                print(f"{op}, {name}: already in {out}; --overwrite measures it again")
+                print(f"{op}, {shape_name}: already in {out}; --overwrite measures it again")
                 continue
             if routing is None:
                 routing = kernel_rivals.make_routing(shape, device, arguments.skew, SEED)
             options = {"device": device, "chip": found["device"]["chip"], "skew": arguments.skew, "rounds": rounds}
-            cell = measure_cell(name, shape, op, arguments.dtype, routing, contenders, **options)
+            cell = measure_cell(shape_name, shape, op, arguments.dtype, routing, contenders, **options)
             cell["command"] = found["command"]
             if place is None:
                 cells.append(cell)
@@ -273,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").split("\n\n")[0])
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--shapes",
         nargs="+",

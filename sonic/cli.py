@@ -1,4 +1,5 @@
-"""The command line: ``python -m sonic doctor`` tells what sonic finds here, what is missing, and whether it is right.
+"""The command line: ``python -m sonic doctor`` tells what sonic finds here, what is missing, and whether it is right;
+``python -m sonic plan`` is in ``sonic/planner/cli.py``.
 
 Optional packages are looked up, not imported, so that a broken one cannot stop the doctor.
 """
@@ -22,6 +23,9 @@ from torch import Tensor
 
 import sonic
 from sonic import kernels
+from sonic.kernels import dispatch
+from sonic.kernels.warming import add_warmup_command
+from sonic.planner.cli import add_plan_command
 
 __all__ = ["ENVIRONMENT", "PACKAGES", "Package", "main"]
 
@@ -120,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     doctor.set_defaults(run=_doctor)
+    add_plan_command(commands)
+    add_warmup_command(commands)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code
@@ -251,7 +257,9 @@ def _check(backend: str, device: _Device) -> _Check:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         check.failure = f"{type(error).__name__}: {error}"
         return check
-    ran_on = {name for (op, name), calls in kernels.counts().items() if calls > before.get((op, name), 0)}
+    left = dispatch.left_to_others(backend)
+    ran = [key for key, calls in kernels.counts().items() if calls > before.get(key, 0)]
+    ran_on = {name for op, name in ran if op not in left}
     if ran_on != {backend}:
         check.failure = f"ran on {', '.join(sorted(ran_on)) or 'nothing'} instead of {backend}"
     check.right = check.failure is None and check.error <= check.tolerance  # NaN is not

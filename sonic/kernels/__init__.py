@@ -10,9 +10,11 @@ from sonic.kernels.dispatch import (
     reset_counts,
     unusable_reasons,
 )
+from sonic.kernels.warming import LayerShape, warmup
 
 __all__ = [
     "Explanation",
+    "LayerShape",
     "Request",
     "UnsupportedError",
     "backends",
@@ -20,4 +22,5 @@ __all__ = [
     "explain",
     "reset_counts",
     "unusable_reasons",
+    "warmup",
 ]

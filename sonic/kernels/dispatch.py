@@ -5,7 +5,8 @@ can answer. Each backend is a package ``sonic.kernels.<name>`` that is imported 
 reasons: an empty list means that it can serve. Automatic choice takes the first of :func:`backends` that can; a name
 that was insisted on (the ``backend`` argument, or the environment variable ``SONIC_BACKEND``) and cannot serve raises
 with the reasons. A backend may serve some requests only where its name was insisted on, such as Triton's interpreter on
-a CPU; and it may leave some ops to the others (``LEFT_TO_OTHERS``), also where its name was insisted on. Nothing falls back in silence: automatic choice that ends at the reference on an accelerator warns.
+a CPU; and it may leave some ops to the others (:func:`left_to_others`), also where its name was insisted on. Nothing
+falls back in silence: automatic choice that ends at the reference on an accelerator warns.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = [
     "counts",
     "explain",
     "has_kernel",
+    "left_to_others",
     "request_of",
     "reset_counts",
     "run",
@@ -111,6 +113,7 @@ class Explanation:
         backend: name of the backend that serves it, ``None`` if none can.
         tile_rows: M, rows that the chosen kernel pads each expert to; 1 = no padding; ``None`` without a backend.
         why: one sentence on how the choice came about.
+        tile: the configuration of its kernel and where that comes from, in words; ``None`` where there is none.
         reasons: per backend, why it cannot serve; an empty list means that it can.
     """
 
@@ -119,6 +122,7 @@ class Explanation:
     tile_rows: int | None
     why: str
     reasons: dict[str, list[str]] = field(default_factory=dict)
+    tile: str | None = None
 
     def __str__(self) -> str:
         request = self.request
@@ -127,6 +131,8 @@ class Explanation:
         lines = [f"{head}: {self.backend or 'no backend'} ({self.why})"]
         if self.tile_rows is not None:
             lines.append(f"  row tile: {self.tile_rows}" + (" (no padding)" if self.tile_rows == 1 else ""))
+        if self.tile is not None:
+            lines.append(f"  tile: {self.tile}")
         for name, reasons in self.reasons.items():
             lines.append(f"  {name}: " + ("can serve" if not reasons else "; ".join(reasons)))
         return "\n".join(lines)
@@ -145,6 +151,12 @@ def check_float_dtype(where: str, argument: str, dtype: object) -> None:
     """
     if dtype not in FLOAT_DTYPES:
         raise argument_error(where, argument, repr(dtype), " or ".join(map(str, FLOAT_DTYPES)))
+
+
+def left_to_others(backend: str) -> tuple[str, ...]:
+    """Ops for which ``backend`` has nothing to add: whoever insists on it gets the first other one that can serve."""
+    ops: tuple[str, ...] = getattr(_load(backend), "LEFT_TO_OTHERS", ()) if _is_shipped(backend) else ()
+    return ops
 
 
 def unusable_reasons(backend: str, device_type: str, arch: int | None = None) -> list[str]:
@@ -229,8 +241,11 @@ def explain(
     else:
         chosen = next((name for name in _BACKENDS if not reasons[name]), None)
         why = "first that can serve" if chosen else "none can serve"
-    tile_rows = _load(chosen).tile_rows(request) if chosen else None
-    return Explanation(request, chosen, tile_rows, why, reasons)
+    if chosen is None:
+        return Explanation(request, None, None, why, reasons)
+    module = _load(chosen)
+    tile = module.describe_tile(request) if hasattr(module, "describe_tile") else None
+    return Explanation(request, chosen, module.tile_rows(request), why, reasons, tile)
 
 
 def counts() -> dict[tuple[str, str], int]:
@@ -350,8 +365,7 @@ def _insisted(where: str, op: str, backend: str | None) -> tuple[str | None, str
         return None, source
     check_choice(where, source, name, _BACKENDS)
     assert name is not None, "one of the names"
-    leaves_it = _is_shipped(name) and op in getattr(_load(name), "LEFT_TO_OTHERS", ())
-    return None if leaves_it else name, source
+    return None if op in left_to_others(name) else name, source
 
 
 def _reasons(backend: str, request: Request, is_insisted: bool) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["LEFT_TO_OTHERS", "tile_rows", "unsupported_reasons"]
+__all__ = ["LEFT_TO_OTHERS", "describe_tile", "tile_rows", "unsupported_reasons"]
 
 LEFT_TO_OTHERS = ("best_of_columns", "build_plan", "combine", "topk_softmax", "topk_softmax_bwd")
 """Ops that are bound by memory or by latency, where CuTe-DSL has nothing to add: also whoever names this backend gets
@@ -77,3 +77,10 @@ def tile_rows(request: Any) -> int:
     config = importlib.import_module(f"{__name__}.config")
     rows: int = config.tile_rows(request)
     return rows
+
+
+def describe_tile(request: Any) -> str | None:
+    """The configuration of the kernel that serves ``request``, in words, and why it; None for ops without one."""
+    config = importlib.import_module(f"{__name__}.config")
+    words: str | None = config.describe(request)
+    return words

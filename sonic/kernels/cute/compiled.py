@@ -24,7 +24,7 @@ from cutlass import cute
 from sonic.kernels.cute.kernels import build
 from sonic.kernels.cute.keys import KernelKey
 
-__all__ = ["cache_folder", "compile_ahead", "compiled", "num_compiled", "variants"]
+__all__ = ["cache_folder", "compile_ahead", "compiled", "num_compiled", "on_disk", "variants"]
 
 _NAME = "sonic_kernel"  # of the function in an object file
 _TARGET = "sm_90a"
@@ -50,7 +50,7 @@ def compiled(key: KernelKey, simulated: bool = False) -> Callable[..., Any]:
 
 def compile_ahead(key: KernelKey) -> str:
     """Make sure that the object file of a key is on disk; returns ``"found"`` or ``"compiled"``."""
-    if _intact(key) is not None:
+    if on_disk(key) is not None:
         return "found"
     _onto_disk(key)
     return "compiled"
@@ -97,7 +97,7 @@ def _files(key: KernelKey) -> Iterator[Path]:
     return cache_folder().glob(f"{_stem(key)}-*.o")
 
 
-def _intact(key: KernelKey) -> Path | None:
+def on_disk(key: KernelKey) -> Path | None:
     """The object file of a key whose contents are what its name says; others of that key are removed."""
     for file in _files(key):
         if file.stem.partition("-")[2] == hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGEST]:
@@ -107,7 +107,7 @@ def _intact(key: KernelKey) -> Path | None:
 
 
 def _from_disk(key: KernelKey) -> Callable[..., Any] | None:
-    file = _intact(key)
+    file = on_disk(key)
     if file is None:
         return None
     _counts["loaded"] += 1

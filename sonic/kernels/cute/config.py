@@ -37,6 +37,7 @@ __all__ = [
     "Choice",
     "TileConfig",
     "choose",
+    "describe",
     "estimate_seconds",
     "invalid_reason",
     "regime_of",
@@ -158,7 +159,7 @@ def _candidates() -> Iterator[tuple[str, TileConfig]]:
     for kind in KINDS:
         for tile_m, tile_n, pingpong in coop + turns + (narrow if kind == "contraction" else []):
             for cluster_m in (1, 2):
-                registers = (40, 232) if kind != "contraction" else (56, 224)
+                registers = (40, 232) if kind == "rows" else (56, 224)  # gathering takes addresses
                 config = TileConfig(tile_m, tile_n, 2, pingpong, cluster_m, 8, *registers)
                 full = _filled(config, kind)
                 chosen = tile_m == 128 if kind == "contraction" else cluster_m == 1 or kind in _SHARING
@@ -291,3 +292,37 @@ def choose(kind: str, bucket: int, num_experts: int, width_k: int, width_n: int,
 def tile_rows(request: Any) -> int:
     """Row tile for a :class:`sonic.kernels.dispatch.Request`; 1 for ops without one."""
     return row_tile(rows_bucket(request.num_rows, request.num_experts)) if request.num_experts else 1
+
+
+_GATED = ("swiglu", "geglu", "reglu", "swiglu_oai")
+
+
+def describe(request: Any) -> str | None:
+    """What is picked for a :class:`sonic.kernels.dispatch.Request` on the chip of the model, and why; in words."""
+    width_d, width_n = request.hidden_size, request.intermediate_size
+    gated = request.activation in _GATED
+    shapes = {
+        "up_proj": ("up_gated" if gated else "up_plain", width_d, width_n),
+        "down_proj": ("rows", width_n, width_d),
+        "down_proj_bwd_input": ("down_bwd_gated" if gated else "down_bwd_plain", width_d, width_n),
+        "up_proj_bwd_input": ("rows", width_n, width_d),
+        "down_proj_bwd_weight": ("contraction", width_d, width_n),
+        "up_proj_bwd_weight": ("contraction", width_n, width_d),
+    }
+    if request.op not in shapes:
+        return None
+    kind, width_k, columns = shapes[request.op]
+    if request.op == "up_proj" and gated:
+        columns *= 2
+    bucket = rows_bucket(request.num_rows, request.num_experts)
+    choice = choose(kind, bucket, request.num_experts, width_k, columns)
+    config, regime = choice.config, regime_of(bucket)
+    mode = "pingpong" if config.pingpong else "cooperative"
+    why = f"regime {regime!r}, {choice.source}"
+    if choice.source == "model":
+        seconds = estimate_seconds(config, kind, REGIMES[regime], request.num_experts, width_k, columns)
+        why += f", which says {seconds * 1e6:.0f} us at {REGIMES[regime]:.0f} rows per expert"
+    return (
+        f"{config.tile_m} x {config.tile_n} x {_STEP}, {mode}, {config.slots} slots, "
+        f"clusters of {config.cluster_m}; {why}"
+    )

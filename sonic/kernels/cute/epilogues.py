@@ -160,7 +160,8 @@ class Store(Epilogue):
         """
         out, bias, scores = args
         row, end, thread = place.row + block, place.tile.row_end, place.thread
-        factors = row_values(scores, row, end, thread)
+        # Rows of no expert are zeros, whatever their scores are.
+        factors = row_values(scores, row, cutlass.select_(place.is_nobodys, Int32(0), end), thread)
         columns = self.boxes.columns
         for s in cutlass.range_constexpr(self.tile_n // columns):
             column = place.tile.tile_n * self.tile_n + s * columns

@@ -6,11 +6,24 @@ tokens it is given.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
-from sonic.kernels.cute.config import TileConfig, choose, rows_bucket
+from sonic.kernels.cute.config import KINDS, TileConfig, choose, invalid_reason, rows_bucket
+from sonic.shapes import argument_error, check_choice
 
-__all__ = ["BIAS_COLUMNS", "GATED_ACTIVATIONS", "KernelKey", "Sizes", "contraction_key", "layer_keys", "rows_key"]
+__all__ = [
+    "BIAS_COLUMNS",
+    "GATED_ACTIVATIONS",
+    "KernelKey",
+    "Sizes",
+    "contraction_key",
+    "forced",
+    "layer_keys",
+    "rows_key",
+]
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu", "swiglu_oai")
 
@@ -18,6 +31,33 @@ DEFAULT_CHIP = "H100"
 
 BIAS_COLUMNS = 8
 """Columns of the narrowest matrix whose rows TMA takes, 16 bytes: a bias gradient is a product with such a one."""
+
+
+_FORCED: ContextVar[dict[str, TileConfig] | None] = ContextVar("sonic_cute_forced_configs", default=None)
+
+
+@contextlib.contextmanager
+def forced(configs: dict[str, TileConfig]) -> Iterator[None]:
+    """Grouped GEMMs of these kinds that are launched in this thread inside take these configurations: for measurements
+    and tests. The row tile that :func:`sonic.kernels.tile_rows` tells stays the model's.
+
+    Args:
+        configs: by kind, of :data:`sonic.kernels.cute.config.KINDS`; other kinds keep what they have.
+
+    Raises:
+        ValueError: unknown kind, or a configuration of which no such kernel can be made.
+    """
+    where = "sonic.kernels.cute.keys.forced"
+    for kind, config in configs.items():
+        check_choice(where, "kind", kind, KINDS)
+        reason = invalid_reason(config, kind)
+        if reason is not None:
+            raise argument_error(where, kind, f"{config} ({reason})", "a configuration that this kind can have")
+    token = _FORCED.set({**(_FORCED.get() or {}), **configs})
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -66,7 +106,10 @@ class Sizes:
     chip: str = DEFAULT_CHIP
 
     def config(self, kind: str) -> TileConfig:
-        """The configuration for a kind of GEMM of these sizes."""
+        """The configuration for a kind of GEMM of these sizes: forced, measured or the model's."""
+        configs = _FORCED.get()
+        if configs and kind in configs:
+            return configs[kind]
         bucket = rows_bucket(self.num_rows, self.num_experts)
         return choose(kind, bucket, self.num_experts, self.width_k, self.width_n, self.chip).config
 
