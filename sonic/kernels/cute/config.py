@@ -39,7 +39,9 @@ __all__ = [
     "choose",
     "describe",
     "estimate_seconds",
+    "fitting",
     "invalid_reason",
+    "regime_key",
     "regime_of",
     "row_tile",
     "rows_bucket",
@@ -238,6 +240,25 @@ def estimate_seconds(
     return max(waves * _tile_seconds(config, steps), moved / chip.memory_bytes_per_second)
 
 
+def fitting(kind: str, bucket: int) -> tuple[TileConfig, ...]:
+    """The candidates among which :func:`choose` chooses for a bucket of rows per expert, whatever the widths."""
+    clusters = (1, 2) if kind in _SHARING and _regime(kind, bucket) == "many" else (1,)
+    tile = row_tile(bucket)
+    return tuple(c for c in CANDIDATES[kind] if c.cluster_m in clusters and (kind == "contraction" or c.tile_m == tile))
+
+
+def _regime(kind: str, bucket: int) -> str:
+    regime = regime_of(bucket)
+    if kind not in _SHARING and (kind == "contraction" or regime == "some"):
+        return "many"  # without clusters, and all the more without row tiles, no rows are wasted by pairs
+    return regime
+
+
+def regime_key(kind: str, bucket: int, num_experts: int, width_k: int, width_n: int) -> str:
+    """By what :func:`tuned` names its choices; the arguments as in :func:`choose`."""
+    return f"{kind}/{_regime(kind, bucket)}/{num_experts}/{width_k}/{width_n}"
+
+
 @functools.cache
 def tuned(chip: str) -> dict[str, dict[str, Any]]:
     """Measured choices for a chip: ``"kind/regime/E/K/N"`` -> fields of a :class:`TileConfig`; empty if there are none.
@@ -269,24 +290,19 @@ def choose(kind: str, bucket: int, num_experts: int, width_k: int, width_n: int,
     check_positive(where, num_experts=num_experts, width_k=width_k, width_n=width_n)
     if bucket < 0:
         raise argument_error(where, "bucket", bucket, "at least 0")
-    regime = regime_of(bucket)
-    clusters = (1, 2) if kind in _SHARING and regime == "many" else (1,)
-    if kind not in _SHARING and (kind == "contraction" or regime == "some"):
-        regime = "many"  # without clusters, and all the more without row tiles, no rows are wasted by pairs
-    measured = tuned(chip).get(f"{kind}/{regime}/{num_experts}/{width_k}/{width_n}")
+    regime = _regime(kind, bucket)
+    measured = tuned(chip).get(regime_key(kind, bucket, num_experts, width_k, width_n))
     if measured is not None:
         config = TileConfig(**measured)
         reason = invalid_reason(config, kind)
         assert reason is None, f"a measured configuration is not valid: {reason}"
         return Choice(config, f"measured on {chip}")
-    tile = row_tile(bucket)
-    fitting = [c for c in CANDIDATES[kind] if c.cluster_m in clusters and (kind == "contraction" or c.tile_m == tile)]
 
     def cost(config: TileConfig) -> tuple[float, int]:
         seconds = estimate_seconds(config, kind, REGIMES[regime], num_experts, width_k, width_n)
         return seconds, -config.tile_m * config.tile_n
 
-    return Choice(min(fitting, key=cost), "model")
+    return Choice(min(fitting(kind, bucket), key=cost), "model")
 
 
 def tile_rows(request: Any) -> int:
