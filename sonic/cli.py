@@ -65,6 +65,7 @@ PACKAGES = (
 _NAMES = ", ".join(kernels.backends())
 ENVIRONMENT = {
     "SONIC_BACKEND": f"insist on one backend ({_NAMES}) where code names none; not set: the fastest that fits",
+    "SONIC_CACHE_DIR": "folder for compiled Hopper kernels; not set: sonic in the user's cache folder",
     "SONIC_SIMULATE_HOPPER": "1: a program that asks runs its CuTe-DSL kernels in the simulator; not set: it does not",
     "SONIC_TRITON_TUNED": "file of tile configurations that Triton kernels take; not set: a model chooses them",
 }

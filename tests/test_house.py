@@ -102,6 +102,8 @@ class Room:
 # `shapes` (the words) is for all rooms but the simulator; `autograd` (what autograd functions share) for those that
 # hold such functions.
 _LAYERS = ("sonic.shapes", "sonic.autograd", "sonic.functional", "sonic.routing", "sonic.parallel")
+_CONTRACTS = ("sonic.shapes", "sonic.kernels.dispatch")
+_PARALLEL = ("sonic.shapes", "sonic.autograd", "sonic.functional")
 ROOMS = (
     Room("__init__.py", ("sonic",)),
     Room("__main__.py", ("sonic.cli",)),
@@ -109,17 +111,22 @@ ROOMS = (
     Room("shapes.py"),
     Room("autograd.py", ("sonic.shapes",)),
     Room("roofline.py", ("sonic.shapes",)),
-    Room("kernels/__init__.py", ("sonic.kernels.dispatch", "sonic.kernels.ops")),
+    Room("kernels/__init__.py", ("sonic.kernels.dispatch", "sonic.kernels.ops", "sonic.kernels.warming")),
     Room("kernels/dispatch.py", ("sonic.shapes",), may_use_nn=False),
     Room("kernels/checks.py", ("sonic.shapes", "sonic.kernels.dispatch"), may_use_nn=False),
     Room("kernels/ops.py", ("sonic.shapes", "sonic.kernels.dispatch", "sonic.kernels.checks"), may_use_nn=False),
+    # compiling ahead is asked of the one backend that does
+    Room("kernels/warming.py", (*_CONTRACTS, "sonic.kernels.checks", "sonic.kernels.cute.ahead"), may_use_nn=False),
     Room("kernels/reference/", ("sonic.shapes",), ("numpy",), may_use_nn=False),
     Room("kernels/triton/", ("sonic.shapes", "sonic.roofline"), ("triton",), may_use_nn=False),
-    Room("kernels/cute/", ("sonic.shapes",), ("cutlass", "cuda"), may_use_nn=False),
+    # `simulator`: on a CPU its kernels are launched there, once somebody has opened it
+    Room("kernels/cute/", ("sonic.shapes", "sonic.roofline", "sonic.simulator"), ("cutlass",), may_use_nn=False),
     Room("simulator/", (), ("numpy", "cutlass"), ("matplotlib",)),
     Room("routing/", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops")),
     Room("functional.py", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops", "sonic.routing.plan")),
-    Room("parallel/", ("sonic.shapes", "sonic.autograd", "sonic.functional")),
+    Room("planner/", ("sonic.shapes", "sonic.roofline"), ("numpy",), ("matplotlib", "rich", "tomllib")),
+    # `ops` and `plan`: rows that were received are planned, and those of a token are summed in float32 without atomics
+    Room("parallel/", (*_PARALLEL, "sonic.kernels.ops", "sonic.routing.plan"), (), ("matplotlib", "rich")),
     Room("layers/", _LAYERS),
     *(
         Room(

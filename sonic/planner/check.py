@@ -141,7 +141,7 @@ def _other_table() -> Table:
     }
     notes = [f"{name}: {_summary([row[5] / row[4] - 1 for row in group])}" for name, group in groups.items()]
     head = ("model", "batch", "tp", "link", "ladder", "planned", "error")
-    title = "The same for other models, nothing fitted to their ladder rows (405B's link: to its rows without communication)"
+    title = "The same for other models; fitted: 405B's link, to its rows without communication, and nothing else"
     return Table(title, head, rows, notes)
 
 

@@ -252,7 +252,7 @@ def _show(tables: Sequence[Table]) -> None:
     for table in tables:
         drawn = make(title=markup.escape(table.title), title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
         for number, head in enumerate(table.head):
-            drawn.add_column(markup.escape(head), justify="left" if number == 0 else "right")
+            drawn.add_column(markup.escape(head), justify="right" if table.has_numbers(number) else "left")
         for row in table.rows:
             drawn.add_row(*map(markup.escape, row))
         screen.print(drawn)

@@ -175,6 +175,7 @@ class Plan:
     Attributes:
         setup: the question.
         step_seconds: one step of the optimizer.
+        forward_seconds: of one micro-batch, until its loss is known.
         breakdown: part -> seconds of it; they add up to the step.
         collectives: kind -> what it costs.
         memory: part -> bytes on one GPU.
@@ -184,6 +185,7 @@ class Plan:
 
     setup: Setup
     step_seconds: float
+    forward_seconds: float
     breakdown: Mapping[str, float]
     collectives: Mapping[str, Collective]
     memory: Mapping[str, float]
@@ -223,6 +225,7 @@ class Plan:
         return {
             "setup": setup | {"dp": self.setup.dp},
             "step_seconds": self.step_seconds,
+            "forward_seconds": self.forward_seconds,
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_day": self.tokens_per_day,
             "mfu": self.mfu,
@@ -284,10 +287,10 @@ def plan_setup(setup: Setup) -> Plan:
     found = {}
     for send_after in SEND_AFTER if may_move else SEND_AFTER[-1:]:
         nodes = build(model, costs, traffic.exchange, wirings, send_after)
-        program, recomputed = _program(nodes, costs, traffic, setup)
-        found[send_after] = (run(program, interference), recomputed, program)
+        program, recomputed, loss = _program(nodes, costs, traffic, setup)
+        found[send_after] = (run(program, interference), recomputed, program, loss)
     send_after = min(found, key=lambda place: found[place][0].seconds)
-    timeline, recomputed, program = found[send_after]
+    timeline, recomputed, program, loss = found[send_after]
 
     dense, experts = local_parameters(model, shard)
     optimizer = costs.optimizer_seconds(dense / setup.shards[0] + experts / setup.shards[1])
@@ -295,6 +298,7 @@ def plan_setup(setup: Setup) -> Plan:
     return Plan(
         setup,
         timeline.seconds * setup.accumulation + optimizer,
+        timeline.ends[loss],
         _breakdown(timeline, recomputed, setup.accumulation) | {"optimizer": optimizer},
         _collectives(timeline, program, traffic, setup.accumulation),
         memory,
@@ -376,11 +380,16 @@ class _Traffic:
         return "network" if "network" in (self.dense.link, self.experts.link) else "nvlink"
 
 
-def _program(nodes: Sequence[Node], costs: PieceCosts, traffic: _Traffic, setup: Setup) -> tuple[list[Task], float]:
-    """Forward and backward as one program with FSDP-2's collectives; and seconds of compute that is done again."""
+def _program(
+    nodes: Sequence[Node], costs: PieceCosts, traffic: _Traffic, setup: Setup
+) -> tuple[list[Task], float, int]:
+    """Forward and backward as one program with FSDP-2's collectives; seconds of compute that is done again; the number
+    of the task that ends forward.
+    """
     writer = _Writer(traffic, setup.model.num_layers)
     forward = forward_tasks(nodes)
     writer.write(forward, [node.layer for node in nodes], gather=True)
+    loss = writer.last[0]
     backward, numbers = backward_tasks(nodes)
     layers = [0] * len(backward)
     again = 0.0
@@ -398,7 +407,7 @@ def _program(nodes: Sequence[Node], costs: PieceCosts, traffic: _Traffic, setup:
         plain = PieceCosts(costs.model, setup.machine, costs.shard, setup.kernels, "none")
         extra = costs.experts().input_gradient - plain.experts().input_gradient
         again += extra * setup.model.num_moe_layers
-    return writer.tasks, again
+    return writer.tasks, again, loss
 
 
 class _Writer:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sonic.planner.constants import CONSTANTS, KERNELS, MACHINES
+from sonic.planner.constants import CONSTANTS, KERNELS, MACHINES, PROTOCOLS
 from sonic.planner.models import MODELS
 from sonic.planner.search import SweepPoint
 from sonic.planner.step import Plan
@@ -26,7 +27,7 @@ class Table:
 
     Attributes:
         title: above it.
-        head: of each column; the first is flush left, the others flush right.
+        head: of each column; those of numbers are flush right.
         rows: texts.
         notes: lines below it.
     """
@@ -36,21 +37,27 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
+    def has_numbers(self, column: int) -> bool:
+        """Whether every text of a column, but the first column's, begins like a number."""
+        return column > 0 and all(re.match(r"[+-]?\d|$|does not fit", row[column]) for row in self.rows)
+
     def text(self) -> str:
         """As aligned columns."""
         table = [list(self.head), *map(list, self.rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(self.head))]
         lines = [self.title]
+        flush = [str.rjust if self.has_numbers(column) else str.ljust for column in range(len(widths))]
         for row in table:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            cells = [move(cell, width) for move, cell, width in zip(flush, row, widths, strict=True)]
             lines.append("  " + "  ".join(cells).rstrip())
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     def markdown(self) -> str:
         """As Markdown: the title in bold, the table, the notes as a list."""
         lines = [f"**{self.title}**", "", "| " + " | ".join(self.head) + " |"]
-        lines.append("|---" + "|---:" * (len(self.head) - 1) + "|")
+        lines.append(
+            "|" + "|".join("---:" if self.has_numbers(column) else "---" for column in range(len(self.head))) + "|"
+        )
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([*lines, *([""] if self.notes else []), *(f"- {note}" for note in self.notes)])
 
@@ -68,6 +75,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     notes = [
         f"{tokens:,} tokens x {setup.accumulation} on each of {setup.ranks} ranks: {setup.tokens_per_step:,} per step; "
         f"weights shared out over {shard} ranks",
+        f"{1e3 * plan.forward_seconds:.2f} ms until the loss of a micro-batch is known",
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / setup.gpus:,.0f} per GPU, "
         f"{plan.tokens_per_day / 1e9:.1f} B per day; MFU {plan.mfu:.1%}",
     ]
@@ -201,7 +209,22 @@ def constant_tables() -> list[Table]:
         ],
         ["x: tokens, g: gathered rows, h: pre-activations, a: activations, y: outputs of the experts"],
     )
-    return [constants, machines, kernels]
+    protocols = Table(
+        "NCCL's protocols for rings, as its own tuning model has them (src/graph/tuning.cc, 2.18 and later)",
+        ("name", "base us", "us per step of NVLink", "us per step of the network", "share of bandwidth"),
+        [
+            (
+                name,
+                f"{1e6 * protocol.base:.1f}",
+                f"{1e6 * protocol.near:.1f}",
+                f"{1e6 * protocol.far:.1f}",
+                f"{protocol.bandwidth:.2f}",
+            )
+            for name, protocol in PROTOCOLS.items()
+        ],
+        ["the share of LL is its cap on Hopper (87.7 GB/s) over 370"],
+    )
+    return [constants, machines, protocols, kernels]
 
 
 def model_table() -> Table:
