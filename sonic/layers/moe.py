@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -11,13 +12,19 @@ from torch import Tensor, nn
 
 from sonic.autograd import autocast_dtype
 from sonic.functional import check_options, check_scores, expert_mlp, moe_mlp, up_rows
+from sonic.parallel.compilers import outside_compilers
+from sonic.parallel.expert_parallel import MoELayout
+from sonic.parallel.in_flight import InFlight
+from sonic.parallel.mesh import Ranks
+from sonic.parallel.sharding import fill_, local_part
+from sonic.parallel.tensor_parallel import once
 from sonic.routing.losses import attach_loss
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing
 from sonic.routing.topk import TopKRouter
 from sonic.shapes import argument_error, check_choice, check_positive, check_same, check_shape
 
-__all__ = ["MoE", "SharedExpert", "set_aux_loss_scale"]
+__all__ = ["MoE", "MoEHandle", "SharedExpert", "set_aux_loss_scale"]
 
 Init = str | Callable[[Tensor], object]  # "linear", "normal", or a function that fills a matrix in place
 
@@ -44,6 +51,7 @@ class MoE(nn.Module):
     w2: nn.Parameter
     b1: nn.Parameter | None
     b2: nn.Parameter | None
+    parallel: MoELayout | None = None  # set by sonic.parallel.parallelize_moe
 
     def __init__(
         self,
@@ -176,46 +184,58 @@ class MoE(nn.Module):
         Raises:
             ValueError: shape, dtype or device do not fit the parameters, or what the router returned does not fit x.
         """
-        where = "sonic.MoE"
+        if self.parallel is None:
+            handle = self.begin(x, attach_aux_loss=not return_routing, **router_inputs)
+            out = handle.experts().finish()
+        else:
+            handle, out = self._forward_spread(x, not return_routing, **router_inputs)
+        return (out, handle.routing) if return_routing else out
+
+    @outside_compilers  # what is in flight is no value that a compiled graph could hold
+    def _forward_spread(self, x: Tensor, attach_aux_loss: bool, **router_inputs: Any) -> tuple[MoEHandle, Tensor]:
+        handle = self.begin(x, attach_aux_loss=attach_aux_loss, **router_inputs)
+        handle.shared()  # what was dispatched travels meanwhile
+        return handle, handle.experts().finish()
+
+    def begin(
+        self, x: Tensor, *, attach_aux_loss: bool = True, add_shared: bool = True, **router_inputs: Any
+    ) -> MoEHandle:
+        """The first of three steps, ``begin(x).experts().finish()``, which together are :meth:`forward`.
+
+        Routes the tokens, and under expert parallelism sends them on their way. Other work may be done between the
+        steps: it hides the communication of the step before, and in backward that of its transpose.
+
+        Args:
+            x, router_inputs: as in :meth:`forward`.
+            attach_aux_loss: let the auxiliary loss reach backward by itself, in training mode.
+            add_shared: have the shared expert's output in that of :meth:`MoEHandle.finish`. False: only
+                :meth:`MoEHandle.shared` returns it.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        where, layout = "sonic.MoE", self.parallel
         if not isinstance(x, Tensor):
             raise argument_error(where, "x", f"a {type(x).__name__}", "a tensor of shape (..., D)")
         if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise argument_error(where, "x", tuple(x.shape), f"(..., D) = (..., {self.hidden_size})")
         check_same(where, ("w1", self.w1), (("x", x),), dtype=autocast_dtype(x.device) is None)
+        router_x, expert_x = (x, x) if layout is None else layout.enter(x)
         if getattr(self.router, "wants_sequence_length", False) and router_inputs.get("sequence_length") is None:
             if x.ndim < 3:
                 wanted = "(batch, sequence, D), or sequence_length=...: the router has to know where sequences begin"
                 raise argument_error(where, "x", tuple(x.shape), wanted)
-            router_inputs["sequence_length"] = x.shape[-2]
-        x_TD = x.reshape(-1, self.hidden_size)
+            router_inputs["sequence_length"] = router_x.shape[-2]
+        x_TD = router_x.reshape(-1, self.hidden_size)
         routing: Routing = self.router(x_TD, **router_inputs)
         _check_routing(where, self.router, routing, x_TD.shape[0], self.num_experts)
         scores = routing.scores
-        if not return_routing and self.training and torch.is_grad_enabled():
+        if attach_aux_loss and self.training and torch.is_grad_enabled():
             check_shape(where, "routing.aux_loss", routing.aux_loss)
             if routing.aux_loss.requires_grad:
                 scores = attach_loss(scores, routing.aux_loss * self.aux_loss_scale)
-        expert_x_TD = x_TD
-        if routing.scores_on == "input":
-            expert_x_TD, scores = x_TD * scores.to(x_TD.dtype), torch.ones_like(scores)
-        out_TD = moe_mlp(
-            expert_x_TD,
-            self.w1,
-            self.w2,
-            scores,
-            routing.plan,
-            b1=self.b1,
-            b2=self.b2,
-            activation=self.activation,
-            glu_layout=self.glu_layout,
-            save=self.save,
-            backend=self.backend,
-        )
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
-        # Not a view, as reshape would make: a hook on a view is lost when that is changed in place.
-        out = out_TD if x.ndim == 2 else torch.ops.aten._unsafe_view(out_TD, x.shape)
-        return (out, routing) if return_routing else out
+        expert_x_TD = x_TD if expert_x is router_x else expert_x.reshape(-1, self.hidden_size)
+        return MoEHandle(self, expert_x_TD, expert_x.shape, routing, scores, add_shared)
 
     def extra_repr(self) -> str:
         """Sizes and the options that matter to a reader of a printed model."""
@@ -225,6 +245,123 @@ class MoE(nn.Module):
             f"bias={self.b1 is not None}, glu_layout={self.glu_layout!r}, save={self.save!r}"
             + (f", backend={self.backend!r}" if self.backend else "")
         )
+
+
+class MoEHandle:
+    """A forward pass of :class:`MoE` under way, from :meth:`MoE.begin`.
+
+    Attributes:
+        routing: the router's decision.
+    """
+
+    def __init__(
+        self, moe: MoE, x_TD: Tensor, shape: torch.Size, routing: Routing, scores: Tensor, add_shared: bool
+    ) -> None:
+        """For :meth:`MoE.begin`: ``x_TD`` (T, D) are the tokens that the experts get, of a tensor of that shape."""
+        self.routing = routing
+        self._moe, self._layout, self._shape = moe, moe.parallel, shape
+        self._shared_x_TD = x_TD
+        self._add_shared = add_shared
+        self._shared_TD: Tensor | None = None
+        if self._layout is not None:
+            scores = self._layout.enter_scores(scores)
+        if routing.scores_on == "input":
+            x_TD, scores = x_TD * scores.to(x_TD.dtype), torch.ones_like(scores)
+        self._x_TD, self._scores = x_TD, scores
+        self._exchange = (
+            None if self._layout is None else self._layout.dispatch(x_TD, scores, routing.plan, moe.backend)
+        )
+        self._out_TD: Tensor | None = None
+        self._leaving: InFlight | None = None
+        self._has_experts = False
+
+    def shared(self) -> Tensor | None:
+        """What the shared expert makes of the tokens, of the shape of x; None without one. Computed once.
+
+        Under tensor parallelism a partial sum if :meth:`finish` is to add it, else reduced as the layer's output is.
+        """
+        if self._moe.shared is None:
+            return None
+        if self._shared_TD is None:
+            shared = self._moe.shared(self._shared_x_TD)
+            if self._layout is not None and not self._add_shared:
+                shared = self._layout.leave(self._shaped(shared)).wait()
+            self._shared_TD = shared
+        return self._shared_TD if self._shared_TD.ndim == len(self._shape) else self._shaped(self._shared_TD)
+
+    def experts(self) -> MoEHandle:
+        """Wait for the tokens, apply the routed experts, and send on what they give: to the ranks of the tokens, or
+        into the reduction of partial sums.
+
+        Returns:
+            this handle.
+
+        Raises:
+            RuntimeError: they were applied before.
+        """
+        if self._has_experts:
+            raise RuntimeError("sonic.MoE: experts() was called twice on one handle, expected once per begin()")
+        self._has_experts = True
+        layout = self._layout
+        if self._exchange is not None:
+            x_SD, scores_R, plan = self._exchange.receive()
+            self._exchange.send_back(self._apply(x_SD, scores_R, plan))
+            return self
+        self._out_TD = self._apply(self._x_TD, self._scores, self.routing.plan)
+        if layout is not None and layout.tp.size > 1:
+            self._leaving = layout.leave(self._joined(self._out_TD))
+        return self
+
+    def finish(self) -> Tensor:
+        """Wait for what is under way, and sum: the layer's output, of the shape and dtype of x.
+
+        Raises:
+            RuntimeError: before :meth:`experts`.
+        """
+        if not self._has_experts:
+            raise RuntimeError("sonic.MoE: finish() was called before experts(), expected begin(x).experts().finish()")
+        if self._leaving is not None:
+            return self._leaving.wait()
+        out_TD = self._out_TD if self._exchange is None else self._exchange.collect()
+        assert out_TD is not None, "experts() ran"
+        out = self._joined(out_TD)
+        if self._layout is None:
+            return out
+        self._leaving, self._exchange = self._layout.leave(out), None
+        return self._leaving.wait()
+
+    def _apply(self, x_TD: Tensor, scores: Tensor, plan: RoutingPlan | None) -> Tensor:
+        moe = self._moe
+        weights = {name: getattr(moe, name) for name in ("w1", "w2", "b1", "b2")}
+        if self._layout is not None:
+            weights = self._layout.local_weights(**weights)
+        if plan is None:  # a rank without an expert: nothing came, but its gradients are waited for
+            return x_TD + scores.sum() + sum(0 * weight.sum() for weight in weights.values() if weight is not None)
+        return moe_mlp(
+            x_TD,
+            weights["w1"],
+            weights["w2"],
+            scores,
+            plan,
+            b1=weights["b1"],
+            b2=weights["b2"],
+            activation=moe.activation,
+            glu_layout=moe.glu_layout,
+            save=moe.save,
+            backend=moe.backend,
+        )
+
+    def _joined(self, out_TD: Tensor) -> Tensor:
+        """With the shared expert's output, if it is wanted, in the shape of x."""
+        if self._add_shared and self._moe.shared is not None:
+            if self._shared_TD is None:
+                self._shared_TD = self._moe.shared(self._shared_x_TD)
+            out_TD = out_TD + self._shared_TD
+        return self._shaped(out_TD)
+
+    def _shaped(self, out_TD: Tensor) -> Tensor:
+        """Not a view, as reshape would make: a hook on a view is lost when that is changed in place."""
+        return out_TD if len(self._shape) == 2 else torch.ops.aten._unsafe_view(out_TD, self._shape)
 
 
 class SharedExpert(nn.Module):
@@ -237,6 +374,7 @@ class SharedExpert(nn.Module):
     w2: nn.Parameter
     b1: nn.Parameter | None
     b2: nn.Parameter | None
+    tp: Ranks | None = None  # set by sonic.parallel.parallelize_moe: the output is then a partial sum
 
     def __init__(
         self,
@@ -276,8 +414,7 @@ class SharedExpert(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        b1, b2 = (None if bias is None else bias[None] for bias in (self.b1, self.b2))
-        _reset_experts(self.w1[None], self.w2[None], b1, b2, self.init, self.init_std)
+        _reset_experts(self.w1, self.w2, self.b1, self.b2, self.init, self.init_std, is_stack=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Apply the expert to all tokens: (T, D) -> (T, D).
@@ -285,13 +422,18 @@ class SharedExpert(nn.Module):
         Raises:
             ValueError: shape, dtype or device do not fit the parameters.
         """
+        parts = {name: getattr(self, name) for name in ("w1", "w2", "b1", "b2")}
+        if self.tp is not None:
+            parts = {name: None if part is None else local_part(part) for name, part in parts.items()}
+            parts["b2"] = once(parts["b2"], self.tp)
+        parts = {name: None if part is None else part[None] for name, part in parts.items()}
         return expert_mlp(
             x_TD,
-            self.w1[None],
-            self.w2[None],
+            parts["w1"],
+            parts["w2"],
             torch.full((1,), x_TD.shape[0], dtype=torch.int64, device=x_TD.device),
-            b1=None if self.b1 is None else self.b1[None],
-            b2=None if self.b2 is None else self.b2[None],
+            b1=parts["b1"],
+            b2=parts["b2"],
             activation=self.activation,
             glu_layout=self.glu_layout,
             save=self.save,
@@ -368,18 +510,27 @@ def _check_routing(where: str, router: nn.Module, routing: object, num_tokens: i
 
 @torch.no_grad()
 def _reset_experts(
-    w1_EUD: Tensor, w2_EDN: Tensor, b1_EU: Tensor | None, b2_ED: Tensor | None, init: Init, init_std: float
+    w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, init: Init, init_std: float, is_stack: bool = True
 ) -> None:
-    for weight, bias in ((w1_EUD, b1_EU), (w2_EDN, b2_ED)):
-        bound = 1 / math.sqrt(weight.shape[2])
+    """Draw the parameters of experts (E, U, D) and so on, or of a single one (U, D)."""
+    for weight, bias in ((w1, b1), (w2, b2)):
+        bound = 1 / math.sqrt(weight.shape[-1])
+        uniform = partial(nn.init.uniform_, a=-bound, b=bound)
         if callable(init):
-            for matrix in weight:
-                init(matrix)
+            fill_(weight, init, is_stack=is_stack)
         elif init == "normal":
-            weight.normal_(0.0, init_std)
+            _fill(weight, partial(nn.init.normal_, std=init_std), is_stack)
         else:
-            weight.uniform_(-bound, bound)
+            _fill(weight, uniform, is_stack)
         if bias is not None and init == "linear":
-            bias.uniform_(-bound, bound)
+            _fill(bias, uniform, is_stack)
         elif bias is not None:
             bias.zero_()
+
+
+def _fill(parameter: Tensor, fill: Callable[[Tensor], object], is_stack: bool) -> None:
+    """All at once where all is here."""
+    if hasattr(parameter, "placements"):
+        fill_(parameter, fill, is_stack=is_stack)
+    else:
+        fill(parameter)

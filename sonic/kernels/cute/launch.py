@@ -228,8 +228,10 @@ def _contract(
     stores = need_weight and main_grad is None
     weight = left.new_empty(num_experts if stores else 0, width_m, width_n)
     if need_weight:
-        out = weight if main_grad is None else main_grad
+        out = weight if main_grad is None else _aligned(main_grad)
         _launch_contraction(op, left, right, index_R, expert_offset_E1, num_rows, out, adds=main_grad is not None)
+        if main_grad is not None and out.data_ptr() != main_grad.data_ptr():
+            main_grad.copy_(out)  # a view of a larger buffer that begins between 16 bytes
     if not need_bias:
         return weight, left.new_empty(0, width_m)
     sums = left.new_empty(num_experts, width_m, BIAS_COLUMNS, dtype=torch.float32)
