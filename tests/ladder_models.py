@@ -97,10 +97,12 @@ class Recorder:
     def __init__(self) -> None:
         self.events: dict[str, list[str]] = {"forward": [], "backward": []}
         self.kinds: dict[str, list[str]] = {"forward": [], "backward": []}
+        self.dtypes: set[torch.dtype] = set()
 
     def issued(self, kind: str, phase: str, started: Started) -> tuple[str, int]:
         number = len(self.kinds[phase])
         self.kinds[phase].append(kind)
+        self.dtypes.add(started.tensor.dtype)
         self.events[phase].append(f"I{number}")
         return phase, number
 

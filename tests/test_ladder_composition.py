@@ -177,7 +177,9 @@ def on_four_ranks(rank: int) -> dict[str, Any]:
     ) -> dict[str, Tensor]:
         stack = LadderStack(blocks(LAYERS, tp_rank, 2, dtype), wiring, tp_mesh=tp_mesh, **schedule)
         shard_ladder(treated(stack, treatment), dp_mesh, mp_policy=policy)
-        got = renamed(results(stack, x.to(dtype), seed.to(dtype)))
+        with recorded() as log:
+            got = renamed(results(stack, x.to(dtype), seed.to(dtype)))
+        assert log.dtypes == {dtype if policy is None else policy.param_dtype}, "sent in another dtype"
         # averaged by FSDP, over ranks whose losses are summed here
         return {name: value if name in ("output", "x") else 2 * value.full_tensor() for name, value in got.items()}
 

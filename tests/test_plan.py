@@ -49,7 +49,7 @@ def random_topk(num_tokens: int, num_experts: int, top_k: int, skew: str = "even
 def load_of(expert_TK: Tensor, num_experts: int) -> Tensor:
     """What ``topk_softmax`` counts: (E, C), as a sum over the pairs one by one."""
     run = tokens_per_run(expert_TK.shape[1])
-    load_EC = torch.zeros(num_experts, -(-expert_TK.shape[0] // run), dtype=torch.int32)
+    load_EC = torch.zeros(num_experts, -(-expert_TK.shape[0] // run) + 1, dtype=torch.int32)
     for token, experts in enumerate(expert_TK.tolist()):
         load_EC[experts, token // run] += 1
     return load_EC
@@ -322,11 +322,11 @@ def test_plans_of_a_load_that_is_known() -> None:
 @pytest.mark.parametrize(
     ("load", "pairs", "message"),
     [
-        (torch.zeros(6, 2, dtype=torch.int32), False, r"load_EC is \(6, 2\), expected \(E, C\) = \(6, 3\)"),
-        (torch.zeros(5, 3, dtype=torch.int32), False, r"load_EC is \(5, 3\), expected \(E, C\) = \(6, 3\)"),
-        (torch.zeros(6, 3), False, "load_EC is float32, expected int32"),
-        (torch.zeros(6, 3, dtype=torch.int32, device="meta"), False, "load_EC is on meta, expected on cpu"),
-        (torch.zeros(6, 3, dtype=torch.int32), True, "load_EC is a tensor, expected None with token_of_slot_P"),
+        (torch.zeros(6, 2, dtype=torch.int32), False, r"load_EC is \(6, 2\), expected \(E, C\) = \(6, 4\)"),
+        (torch.zeros(5, 4, dtype=torch.int32), False, r"load_EC is \(5, 4\), expected \(E, C\) = \(6, 4\)"),
+        (torch.zeros(6, 4), False, "load_EC is float32, expected int32"),
+        (torch.zeros(6, 4, dtype=torch.int32, device="meta"), False, "load_EC is on meta, expected on cpu"),
+        (torch.zeros(6, 4, dtype=torch.int32), True, "load_EC is a tensor, expected None with token_of_slot_P"),
     ],
 )
 def test_a_load_of_another_form_is_refused(load: Any, pairs: bool, message: str) -> None:

@@ -54,10 +54,10 @@ def topk(logits_TE: Tensor, *args: Any, backend: str = "triton", **options: Any)
 
 
 def counted(expert_TK: Tensor, num_experts: int) -> Tensor:
-    """The load, run by run."""
+    """The load, run by run, and a column of zeros."""
     runs = expert_TK.split(ops.tokens_per_run(expert_TK.shape[1])) if expert_TK.shape[0] else ()
     loads = [torch.bincount(run.reshape(-1), minlength=num_experts).int() for run in runs]
-    return torch.stack(loads, dim=1) if loads else torch.empty(num_experts, 0, dtype=torch.int32)
+    return torch.stack([*loads, torch.zeros(num_experts, dtype=torch.int32)], dim=1)
 
 
 def topk_bwd(*args: Any, backend: str = "triton") -> Tensor:
@@ -181,7 +181,7 @@ def test_the_load_of_each_run_is_counted(T: int, E: int, K: int, num_groups: int
     _, expert_TK, _, load_EC = ops.topk_softmax(logits_TE, *options, backend=backend)
     assert torch.equal(load_EC.cpu(), counted(expert_TK.cpu(), E))
     assert torch.equal(load_EC.sum(1).cpu(), torch.bincount(expert_TK.cpu().reshape(-1), minlength=E))
-    assert load_EC.shape[1] == -(-T // ops.tokens_per_run(K)) and load_EC.sum() == T * K
+    assert load_EC.shape[1] == -(-T // ops.tokens_per_run(K)) + 1 and load_EC.sum() == T * K
     others = logits_TE.new_tensor(0.0).expand(T, E)  # all choose alike: every program adds to the same experts
     *_, load_EC = ops.topk_softmax(others, *options, backend=backend)
     assert sorted(load_EC.sum(1).tolist()) == [0] * (E - K) + [T] * K
@@ -626,7 +626,7 @@ def test_a_load_of_other_experts_is_refused_and_never_followed(wrong: str, monke
     T, E, K = 150, 6, 4
     expert_P = random_topk(T, E - 1, K)
     load_EC = counted(expert_P.view(T, K), E)
-    assert load_EC.shape == (E, 3)
+    assert load_EC.shape == (E, 4)
     plan_of(expert_P, None, T, E, load_EC)
     OTHER_LOADS[wrong](load_EC)
     refusal, num_arrays = refused_within_its_arrays((expert_P, None, T, E, load_EC), monkeypatch)

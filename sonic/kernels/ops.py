@@ -707,8 +707,9 @@ def topk_softmax(
         scores_TK: float32 (float64 for float64 logits), largest preference first.
         expert_TK: int32.
         prob_TK: the chosen probabilities before normalisation and scaling, dtype of the scores; backward needs them.
-        load_EC: int32, how often each expert was chosen in each of C runs of :func:`tokens_per_run` (K) tokens, the
-            last one shorter: ``load_EC.sum(1)`` is the load (E,), and :func:`build_plan` need not count again.
+        load_EC: int32, how often each expert was chosen in each of C - 1 runs of :func:`tokens_per_run` (K) tokens,
+            the last one shorter; the last column is zero. ``load_EC.sum(1)`` is the load (E,), and :func:`build_plan`
+            need not count again.
 
     Cost: reads T E, writes 3 T K + E C values.
 
@@ -919,8 +920,11 @@ def tokens_per_run(top_k: int) -> int:
 
 
 def _num_runs(num_tokens, top_k):
+    """Columns of the load: a run each, and one that stays zero. So there are never less than two of them where there is
+    a token, and whoever traces with a symbolic number of tokens need not ask whether it fills a single run.
+    """
     run = tokens_per_run(top_k)
-    return (num_tokens + run - 1) // run
+    return (num_tokens + run - 1) // run + 1
 
 
 def _check_load(load_EC, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):

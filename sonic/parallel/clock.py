@@ -75,6 +75,7 @@ class VirtualClock(TorchDispatchMode):
 
     @property
     def time(self) -> float:
+        """Seconds on the main lane."""
         return self._lanes["main"]
 
     def compute(self, seconds: float) -> None:
@@ -109,18 +110,22 @@ class VirtualClock(TorchDispatchMode):
     # the timer of a report
 
     def now(self) -> float:
+        """Seconds on the present lane."""
         return self._lanes[self._lane]
 
     def completion(self, started: Started) -> float:
+        """When the link will be done with it; it begins when the link is free."""
         num_bytes = started.tensor.nbytes if started.num_bytes is None else started.num_bytes
         begin = max(self.now(), self._link_free)
         self._link_free = begin + self.link.seconds(started.op, num_bytes, started.num_ranks)
         return self._link_free
 
     def waiting(self, completion: float) -> None:
+        """Move the present lane on to that moment."""
         self._lanes[self._lane] = max(self._lanes[self._lane], completion)
 
     def seconds(self, moment: float) -> float:
+        """The moment itself."""
         return moment
 
 
@@ -142,12 +147,15 @@ class VirtualLane:
         self._clock._lane = self._outside.pop()
 
     def uses(self, *tensors: Tensor) -> None:
+        """Nothing: there is no memory to keep."""
         pass
 
     def gives(self, *tensors: Tensor) -> None:
+        """Nothing: there is no memory to keep."""
         pass
 
     def join(self) -> None:
+        """Move the main lane on to where this one is."""
         lanes = self._clock._lanes
         lanes["main"] = max(lanes["main"], lanes.get(self._name, 0.0))
 

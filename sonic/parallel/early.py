@@ -55,14 +55,17 @@ class CudaLane:
         self._contexts.pop().__exit__(*exception)
 
     def uses(self, *tensors: Tensor) -> None:
+        """Keep the memory of tensors made outside until this stream is done with it."""
         for tensor in tensors:
             tensor.record_stream(self._stream)
 
     def gives(self, *tensors: Tensor) -> None:
+        """Keep the memory of tensors made here until the present stream is done with it."""
         for tensor in tensors:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def join(self) -> None:
+        """Make the present stream wait for this one."""
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 

@@ -54,7 +54,8 @@ __all__ = [
 class Work(Protocol):
     """What a collective returns: ``torch.distributed.Work``, or anything that can be waited for."""
 
-    def wait(self) -> object: ...
+    def wait(self) -> object:
+        """Return when it is done; on a GPU, make the current stream wait."""
 
 
 @dataclass
@@ -386,11 +387,11 @@ class _Mailbox:
             raise RuntimeError(f"sonic.parallel: {self.kind} was awaited but never issued, or awaited twice")
         entry, self._entry = self._entry, None
         if entry is not None:
-            assert self.log is not None
+            assert self.log is not None, "an entry comes from a log"
             self.log.waiting(entry)
         result = started.wait()
         if entry is not None:
-            assert self.log is not None
+            assert self.log is not None, "an entry comes from a log"
             self.log.waited(entry, aside)
         return result
 
@@ -407,7 +408,7 @@ class _Issue(torch.autograd.Function):
         ctx.mailbox, ctx.dtype = mailbox, x.dtype
         mailbox.issue(forward, x, "forward", wait=False)
         started = mailbox._started
-        assert started is not None
+        assert started is not None, "it was issued just now"
         return _stand_in(started.tensor, started.tensor.shape if started.shape is None else started.shape)
 
     @staticmethod

@@ -53,7 +53,8 @@ _READS = {  # wiring -> what attention, and what the MLP, leaves out of the stre
 class Waitable(Protocol):
     """What is pending: :class:`InFlight`, or an MoE's handle that also sums what it waited for."""
 
-    def wait(self) -> Tensor: ...
+    def wait(self) -> Tensor:
+        """The complete tensor; the same one at every call."""
 
 
 @dataclass
@@ -535,7 +536,7 @@ def _take_part(group: dist.ProcessGroup | None, dim: int) -> Collective:
     """This rank's part of what every rank holds: no communication."""
 
     def start(x: Tensor) -> Started:
-        assert group is not None
+        assert group is not None, "sequence parallelism has ranks"
         if x.shape[dim] % group.size():
             wanted = f"a multiple of {group.size()} along dim {dim}: every rank gets an equal part of the sequence"
             raise argument_error("sonic.parallel", "x", tuple(x.shape), wanted)

@@ -13,6 +13,7 @@ taken with events on the streams, and read when the report is asked for, not bef
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
@@ -54,9 +55,11 @@ class HostTimer:
         self._clock = clock
 
     def now(self) -> float:
+        """The clock."""
         return self._clock()
 
     def completion(self, started: Started) -> list[float]:
+        """A list that will hold the moment, if its work has a future."""
         moment: list[float] = []
         get_future = getattr(started.work, "get_future", None)
         if get_future is not None:
@@ -64,9 +67,11 @@ class HostTimer:
         return moment
 
     def waiting(self, completion: Any) -> None:
+        """Nothing: time passes by itself."""
         pass
 
     def seconds(self, moment: Any) -> float | None:
+        """The moment, if it is known."""
         if isinstance(moment, list):
             return moment[0] if moment else None
         return float(moment)
@@ -81,18 +86,22 @@ class CudaTimer:
         self._first = self._event()
 
     def now(self) -> torch.cuda.Event:
+        """An event on the current stream."""
         return self._event()
 
     def completion(self, started: Started) -> torch.cuda.Event:
+        """An event on the stream that watches."""
         with torch.cuda.stream(self._watcher):
             if started.work is not None:
                 started.work.wait()
             return self._event(self._watcher)
 
     def waiting(self, completion: Any) -> None:
+        """Nothing: the streams wait."""
         pass
 
     def seconds(self, moment: Any) -> float | None:
+        """Seconds since the timer was made; waits until the event has happened."""
         moment.synchronize()
         return self._first.elapsed_time(moment) / 1e3
 
@@ -192,6 +201,7 @@ class OverlapReport:
     # what in_flight tells
 
     def issued(self, kind: str, phase: str, started: Started) -> _Entry:
+        """Hear of a collective: see :class:`sonic.parallel.in_flight.Log`."""
         num_bytes = started.tensor.nbytes if started.num_bytes is None else started.num_bytes
         issued = self.timer.now()
         entry = _Entry(kind, started.op, phase, num_bytes, issued, self.timer.completion(started))
@@ -200,10 +210,12 @@ class OverlapReport:
         return entry
 
     def waiting(self, entry: _Entry) -> None:
+        """Hear that it is about to be waited for."""
         entry.wait_began = self.timer.now()
         self.timer.waiting(entry.completion)
 
     def waited(self, entry: _Entry, aside: bool = False) -> None:
+        """Hear that the wait is over; ``aside``: it held up a side lane alone."""
         entry.wait_ended = self.timer.now()
         if aside:
             entry.wait_began = entry.wait_ended
@@ -327,7 +339,7 @@ class OverlapReport:
             from rich.console import Console
             from rich.table import Table
         except ImportError:
-            print(self)
+            sys.stdout.write(f"{self}\n")
             return
         table = Table(title="communication")
         for name in ("phase", "what", "op"):

@@ -325,7 +325,8 @@ class TopKRouter(nn.Module):
             num_sequences = self._num_sequences(x_TD.shape[0], sequence_length) if x_TD.shape[0] else 1
             run = ops.tokens_per_run(self.top_k)
             if load_EC is not None and sequence_length is not None and sequence_length % run == 0:  # whole runs
-                count_E = load_EC.view(self.num_experts, num_sequences, -1 if x_TD.shape[0] else 0).sum(2).t()
+                runs_ER = load_EC[:, :-1]  # the last column is no run
+                count_E = runs_ER.reshape(self.num_experts, num_sequences, -1 if x_TD.shape[0] else 0).sum(2).t()
             else:
                 count_E = sequence_load(expert_TK, num_sequences, self.num_experts)
         elif self.aux_loss_type == "global":

@@ -55,13 +55,13 @@ def topk_softmax(
 
 
 def _load_by_run(expert_TK: Tensor, num_experts: int, tokens_per_run: int) -> Tensor:
-    """How often each expert comes in each run of tokens: (E, C) int32."""
+    """How often each expert comes in each run of tokens, and a column of zeros: (E, C) int32."""
     num_tokens = expert_TK.shape[0]
-    num_runs = -(-num_tokens // tokens_per_run)
+    num_columns = -(-num_tokens // tokens_per_run) + 1
     run_T1 = torch.arange(num_tokens, device=expert_TK.device)[:, None] // tokens_per_run
-    place_P = (expert_TK * num_runs + run_T1).flatten()
-    load_F = torch.zeros(num_experts * num_runs, dtype=torch.int32, device=expert_TK.device)
-    return load_F.scatter_add_(0, place_P, load_F.new_ones(place_P.shape)).view(num_experts, num_runs)
+    place_P = (expert_TK * num_columns + run_T1).flatten()
+    load_F = torch.zeros(num_experts * num_columns, dtype=torch.int32, device=expert_TK.device)
+    return load_F.scatter_add_(0, place_P, load_F.new_ones(place_P.shape)).view(num_experts, num_columns)
 
 
 def _sqrtsoftplus(logits: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def _calls(
     scores, token, offset, edges = single(rows), index(rows), index(experts + 1), index(tokens + 1)
     choice, prob = index(tokens, top_k), single(tokens, top_k)
     run = 1 << max(256 // top_k, 1).bit_length() - 1  # as sonic.kernels.ops.tokens_per_run has it
-    load = index(experts, triton.cdiv(tokens, run))
+    load = index(experts, triton.cdiv(tokens, run) + 1)
     act = (activation, glu_layout)
     return {
         "up_proj": lambda: backend.up_proj(x, w1, b1, token, offset, *act, True),

@@ -218,9 +218,9 @@ def topk_softmax_kernel(
     tl.store(scores + at, score * scaling_factor, mask=is_slot)
     tl.store(experts + at, expert, mask=is_slot)
     tl.store(probs + at, prob, mask=is_slot)
-    num_runs = (num_tokens + TOKENS_PER_RUN - 1) // TOKENS_PER_RUN
+    num_columns = (num_tokens + TOKENS_PER_RUN - 1) // TOKENS_PER_RUN + 1
     # integers: the same in any order; nothing is read back, and runs keep programs from meeting at one address
-    place = expert.to(tl.int64) * num_runs + token // TOKENS_PER_RUN
+    place = expert.to(tl.int64) * num_columns + token // TOKENS_PER_RUN
     tl.atomic_add(load + place, tl.full((BLOCK_T, BLOCK_K), 1, tl.int32), mask=is_slot, sem="relaxed")
 
 
@@ -304,8 +304,8 @@ def topk_softmax(
     scores_TK = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits_TE.device)
     expert_TK = torch.empty_like(scores_TK, dtype=torch.int32)
     prob_TK = torch.empty_like(scores_TK)
-    num_runs = triton.cdiv(num_tokens, tokens_per_run)
-    load_EC = torch.zeros((num_experts, num_runs), dtype=torch.int32, device=logits_TE.device)
+    num_columns = triton.cdiv(num_tokens, tokens_per_run) + 1
+    load_EC = torch.zeros((num_experts, num_columns), dtype=torch.int32, device=logits_TE.device)
     is_softmax, has_bias = score_function == "softmax", expert_bias_E is not None
     group_size = num_experts // num_groups
     block_g, block_s = triton.next_power_of_2(num_groups), triton.next_power_of_2(group_size)
