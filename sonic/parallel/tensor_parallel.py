@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sonic.parallel import late_weight_gradient
 from sonic.parallel.compilers import outside_compilers
 from sonic.parallel.in_flight import InFlight, all_gather, all_reduce, issue, reduce_gradient, reduce_scatter
 from sonic.parallel.mesh import Ranks, ranks_of
@@ -231,7 +232,8 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / tp); under ``"reduce_scatter"`` x is (..., S / tp, in), the result has all S."""
         x = enter(x, self.ranks, self.reduce, kind="column")
-        return F.linear(x, self._local(self.weight), self._local(self.bias))
+        # the input's gradient first, so that its sum over the ranks travels while the weight's is computed
+        return late_weight_gradient.linear(x, self._local(self.weight), self._local(self.bias))
 
     def _shard(self) -> None:
         split = Split(0, self.num_blocks)
