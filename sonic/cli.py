@@ -23,8 +23,9 @@ from torch import Tensor
 
 import sonic
 from sonic import kernels
+from sonic.convert.cli import add_convert_command
 from sonic.kernels import dispatch
-from sonic.kernels.warming import add_warmup_command
+from sonic.kernels.cli import add_warmup_command
 from sonic.planner.cli import add_plan_command
 
 __all__ = ["ENVIRONMENT", "PACKAGES", "Package", "main"]
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
     add_plan_command(commands)
     add_warmup_command(commands)
+    add_convert_command(commands)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code

@@ -7,8 +7,6 @@ longer than the ring. ``MUTATION_TABLES`` names a file to which the tables of al
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -72,7 +70,36 @@ def poison(outputs: list[Tensor]) -> None:
         tensor.fill_(float("nan"))
 
 
-KERNELS: dict[str, Callable[[], list[mutants.Launch]]] = {
-    case.op: (lambda case=case: [recorded(case, widths) for widths in WIDTHS])  # type: ignore[misc]
-    for case in (UP_PROJ, DOWN_PROJ_BWD_INPUT)
+CASES = {case.op: case for case in (UP_PROJ, DOWN_PROJ_BWD_INPUT)}
+NEEDS_NOT: dict[str, dict[tuple[str, int], str]] = {
+    "up_proj": {
+        ("mbarrier.init.shared.b64", number): "the barrier of what an epilogue fetches, and this one fetches nothing"
+        for number in (8, 9)
+    },
+    "down_proj_bwd_input": {
+        **{
+            (
+                "cp.async.bulk.wait_group.read",
+                number,
+            ): "all stores of the last tile were waited for before H was fetched"
+            for number in (1, 2)
+        },
+        **{
+            ("bar.sync", number): "two boxes of a tile, each of its own buffer: the barrier of the turn has parted them"
+            for number in (2, 4)
+        },
+        ("cp.async.bulk.commit_group;", 0): "the second commit of the tile takes these stores in too",
+    },
 }
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_some_mutants(op: str) -> None:
+    """One of each kind."""
+    assert_caught(f"{op}, some", [recorded(CASES[op], WIDTHS[1])], count=8, needs_not=NEEDS_NOT[op])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CASES)
+def test_all_mutants(op: str) -> None:
+    assert_caught(op, [recorded(CASES[op], widths) for widths in WIDTHS], needs_not=NEEDS_NOT[op])

@@ -1,12 +1,9 @@
-"""Compile a layer's kernels ahead of its first step: :func:`warmup`, and ``python -m sonic warmup``."""
+"""Compile a layer's kernels ahead of its first step: :func:`warmup`."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +14,10 @@ from sonic.kernels.checks import GLU_LAYOUTS
 from sonic.kernels.dispatch import ACTIVATIONS, unusable_reasons
 from sonic.shapes import argument_error, check_choice, check_positive
 
-__all__ = ["LayerShape", "add_warmup_command", "warmup"]
+__all__ = ["DTYPES", "LayerShape", "warmup"]
 
 _ARCH = 90  # the backend that compiles ahead serves these chips
-_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ def warmup(
     check_positive(where, **sizes)
     check_choice(where, "activation", shape.activation, ACTIVATIONS)
     check_choice(where, "glu_layout", shape.glu_layout, GLU_LAYOUTS)
-    if shape.dtype not in _DTYPES:
-        raise argument_error(where, "dtype", shape.dtype, " or ".join(map(str, _DTYPES)))
+    if shape.dtype not in DTYPES:
+        raise argument_error(where, "dtype", shape.dtype, " or ".join(map(str, DTYPES)))
     if not counts:
         raise argument_error(where, "num_tokens", num_tokens, "at least one number of tokens")
     for count in counts:
@@ -104,56 +101,3 @@ def warmup(
     ahead = importlib.import_module("sonic.kernels.cute.ahead")
     results: Iterator[Any] = ahead.warmup(shape, counts, chip.replace(" ", "_"), workers)
     return results
-
-
-def add_warmup_command(commands: Any) -> None:
-    """Add ``warmup`` to the subparsers of ``python -m sonic``."""
-    parser = commands.add_parser(
-        "warmup",
-        help="compile a layer's CuTe kernels ahead, in parallel, with no GPU",
-        description="Compile all CuTe kernels that a layer may launch and keep them on disk. Needs no GPU. "
-        "Exit code: 0 if all of them are there.",
-    )
-    for name, letter in (("hidden-size", "D"), ("intermediate-size", "N"), ("num-experts", "E"), ("top-k", "K")):
-        parser.add_argument(f"--{name}", type=int, required=True, metavar=letter)
-    parser.add_argument(
-        "--num-tokens", type=int, nargs="+", default=[1, 65536], metavar="T", help="range, default 1 65536"
-    )
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="swiglu")
-    parser.add_argument("--glu-layout", choices=GLU_LAYOUTS, default="concatenated")
-    parser.add_argument("--bias", action="store_true")
-    parser.add_argument("--dtype", choices=[str(dtype).removeprefix("torch.") for dtype in _DTYPES], default="bfloat16")
-    parser.add_argument("--inference", action="store_true", help="the kernels of inference alone")
-    parser.add_argument("--chip", help="name of the GPU, where measured configurations are known of it")
-    parser.add_argument("--workers", type=int, help="processes; default: one per core, at most 8")
-    parser.set_defaults(run=_run)
-
-
-def _run(options: argparse.Namespace) -> int:
-    shape = LayerShape(
-        options.hidden_size,
-        options.intermediate_size,
-        options.num_experts,
-        options.top_k,
-        options.activation,
-        options.glu_layout,
-        options.bias,
-        getattr(torch, options.dtype),
-        not options.inference,
-    )
-    try:
-        results = warmup(shape, num_tokens=options.num_tokens, chip=options.chip, workers=options.workers)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    began = time.perf_counter()
-    found = made = 0
-    for result in results:
-        found, made = found + result.found, made + (not result.found)
-        config = result.key.config
-        mode = "pingpong" if config.pingpong else "cooperative"
-        tile = f"{config.tile_m} x {config.tile_n}, {config.slots} slots, {mode}, cluster of {config.cluster_m}"
-        what = "found" if result.found else f"compiled in {result.seconds:.1f} s"
-        print(f"{result.key.op:22} {tile:52} {what}", flush=True)
-    print(f"{found + made} kernels: {made} compiled, {found} found, in {time.perf_counter() - began:.1f} s")
-    return 0

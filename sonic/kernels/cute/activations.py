@@ -24,6 +24,10 @@ def _sigmoid(x: Float32) -> Float32:
 class Plain:
     """``a = value(h)``; ``with_slope`` gives da/dh as well."""
 
+    def with_slope(self, h: Float32) -> tuple[Float32, Float32]:
+        """A and its slope."""
+        raise NotImplementedError
+
     @cute.jit
     def value(self, h: Float32) -> Float32:
         """A."""

@@ -1,19 +1,21 @@
 """Compiled kernels: by key in memory, as object files on disk, which load in milliseconds.
 
 A key holds scalars only (:class:`sonic.kernels.cute.keys.KernelKey`), so sizes never compile anything anew. On disk
-the name of a file is a hash of the key, of the sources of this folder and of the versions of CuTe-DSL and TVM-FFI, and
-a hash of its own contents: a file that was cut short is noticed, thrown away and made again. Files are written beside
-their place and renamed. Nothing here needs a GPU: the target is always sm_90a.
+the name of a file is a hash of the key, of the kernels' sources, of the machine and of the versions of CuTe-DSL and
+TVM-FFI, and a hash of its own contents: a file that was cut short is noticed, thrown away and made again. Files are
+written beside their place and renamed. Nothing here needs a GPU: the target is always sm_90a.
 
 Inside of :func:`sonic.simulator.hopper` kernels are compiled for the simulator, and live in memory only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,11 +81,15 @@ def _compile(key: KernelKey, options: str) -> Any:
     return cute.compile(gemm, *arguments, options=f"--enable-tvm-ffi {options}".strip())
 
 
+_SOURCES = ("activations", "boxes", "config", "epilogues", "gemm", "kernels", "keys", "loaders", "ragged", "schedule")
+
+
 @functools.cache  # the sources of a running program
 def _fingerprint() -> bytes:
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    """Of all that a key's object file is made by: what the kernels are written in, and who compiles them for whom."""
+    digest = hashlib.sha256(platform.machine().encode())  # the host's half of the file
+    for name in _SOURCES:
+        digest.update(name.encode() + b"\0" + Path(__file__).with_name(f"{name}.py").read_bytes())
     for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         digest.update(f"{package} {importlib.metadata.version(package)}".encode())
     return digest.digest()
@@ -100,9 +106,10 @@ def _files(key: KernelKey) -> Iterator[Path]:
 def on_disk(key: KernelKey) -> Path | None:
     """The object file of a key whose contents are what its name says; others of that key are removed."""
     for file in _files(key):
-        if file.stem.partition("-")[2] == hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGEST]:
-            return file
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            if file.stem.partition("-")[2] == hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGEST]:
+                return file
+            file.unlink(missing_ok=True)
     return None
 
 

@@ -118,6 +118,14 @@ class Epilogue:
         """Shared memory of one warpgroup."""
         return Boxes.BUFFERS * BOX_BYTES + self.fetched_bytes
 
+    def host(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What travels into the kernel."""
+        raise NotImplementedError
+
+    def finish(self, args: tuple[Any, ...], sums: cute.Tensor, block: Int32, place: Place, number: int) -> None:
+        """Deal with a block of rows."""
+        raise NotImplementedError
+
     @cute.jit
     def begin(self, args: tuple, place: Place, step: int, first: Int32) -> None:
         """Start what can be fetched while the main loop runs; blocks begin at ``first``, ``first + step``, … ."""
@@ -270,7 +278,8 @@ class ActivationPair(Pairs):
         total = self.units // columns * boxes
         for s in cutlass.range_constexpr(self.units // columns):
             unit = place.tile.tile_n * self.units + s * columns
-            first, second = take(sums, s * columns, columns), None
+            first = take(sums, s * columns, columns)
+            second: Any = None
             if cutlass.const_expr(self.glu_layout is not None):
                 second = take(sums, self.units + s * columns, columns)
             if cutlass.const_expr(bias is not None):

@@ -68,7 +68,7 @@ def _epilogue(key: KernelKey) -> tuple[ep.Epilogue, tuple[Any, ...]]:
         assert key.activation is not None, "the up projection has an activation"
         units = config.tile_n // 2 if key.glu_layout else config.tile_n
         stores_h = "h" in key.flags
-        tensors = (_rows(dtype) if stores_h else None, _rows(dtype), bias)
+        tensors: tuple[Any, ...] = (_rows(dtype) if stores_h else None, _rows(dtype), bias)
         return ep.ActivationPair(dtype, units, key.activation, key.glu_layout, stores_h), tensors
     if key.op == "down_proj_bwd_input":
         assert key.activation is not None, "its derivative needs an activation"

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from sonic.kernels.cute.config import KINDS, TileConfig, choose, invalid_reason, rows_bucket
 from sonic.shapes import argument_error, check_choice
@@ -39,7 +40,7 @@ _FORCED: ContextVar[dict[str, TileConfig] | None] = ContextVar("sonic_cute_force
 @contextlib.contextmanager
 def forced(configs: dict[str, TileConfig]) -> Iterator[None]:
     """Grouped GEMMs of these kinds that are launched in this thread inside take these configurations: for measurements
-    and tests. The row tile that :func:`sonic.kernels.tile_rows` tells stays the model's.
+    and tests. The row tile that :func:`sonic.kernels.ops.tile_rows` tells stays the model's.
 
     Args:
         configs: by kind, of :data:`sonic.kernels.cute.config.KINDS`; other kinds keep what they have.
@@ -167,7 +168,7 @@ def layer_keys(
         return Sizes(num_rows, num_experts, columns, k, dtype, chip)
 
     stores = ("h", *biased) if training else biased
-    options = {"gathers": True, "activation": activation, "glu_layout": glu_layout}
+    options: dict[str, Any] = {"gathers": True, "activation": activation, "glu_layout": glu_layout}
     keys = [
         rows_key("up_proj", sizes(width_u, width_d), flags=stores, **options),
         rows_key("down_proj", sizes(width_d, width_n), flags=biased),

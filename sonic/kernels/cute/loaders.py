@@ -73,6 +73,20 @@ class Operand:
         """Of one slot."""
         return self.width * STEP * self.dtype.width // 8
 
+    def host(self, matrix: cute.Tensor, index: Any) -> tuple[Any, ...]:
+        """What travels into the kernel."""
+        raise NotImplementedError
+
+    def prepare(self, args: tuple[Any, ...], tile: Tile, first: Int32, end: Int32, thread: Int32) -> Any:
+        """What stays the same over the steps of a tile."""
+        raise NotImplementedError
+
+    def load(
+        self, args: tuple[Any, ...], prepared: Any, step: Int32, shared: cute.Tensor, slot: Int32, full: Any
+    ) -> None:
+        """Issue the copies of one step."""
+        raise NotImplementedError
+
 
 class TileRows(Operand):
     """Rows that stand in order, by TMA.

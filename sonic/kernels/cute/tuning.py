@@ -197,12 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dtype=_DTYPES[options.dtype],
             activation=options.activation,
             glu_layout=options.glu_layout,
-            report=print,
+            report=lambda line: sys.stdout.write(line + "\n"),
         )
     except ValueError as error:
         parser.error(str(error))
     command = "python -m sonic.kernels.cute.tuning " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    print(f"wrote {save(best, options.out, torch.cuda.get_device_name(), command)}")
+    sys.stdout.write(f"wrote {save(best, options.out, torch.cuda.get_device_name(), command)}\n")
     return 0
 
 
