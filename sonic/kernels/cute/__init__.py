@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from typing import Any
 
 import torch
 
-__all__ = ["LEFT_TO_OTHERS", "describe_tile", "tile_rows", "unsupported_reasons"]
+__all__ = ["LEFT_TO_OTHERS", "describe_tile", "reasons_unless_named", "tile_rows", "unsupported_reasons"]
 
 LEFT_TO_OTHERS = ("best_of_columns", "build_plan", "combine", "topk_softmax", "topk_softmax_bwd")
 """Ops that are bound by memory or by latency, where CuTe-DSL has nothing to add: also whoever names this backend gets
@@ -45,9 +46,18 @@ def __getattr__(name: str) -> Any:
 
 
 def is_simulated() -> bool:
-    """Whether kernels that are launched now run in the simulator."""
+    """Whether kernels that are launched now run in the simulator: inside of :func:`sonic.simulator.hopper`, or for good
+    where ``SONIC_SIMULATE_HOPPER`` says so.
+    """
+    if os.environ.get("SONIC_SIMULATE_HOPPER"):
+        importlib.import_module("sonic.simulator").enable_from_environment()
     host = sys.modules.get("sonic.simulator.host")
     return host is not None and bool(host.is_open())
+
+
+def reasons_unless_named(request: Any) -> list[str]:
+    """Why this backend does not serve ``request`` unless it is asked for by name, although it can."""
+    return ["on a CPU kernels are simulated, for tests: ask for it by name"] if request.device_type == "cpu" else []
 
 
 def unsupported_reasons(request: Any) -> list[str]:
