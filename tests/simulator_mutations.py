@@ -291,10 +291,6 @@ def redundant(mutation: Mutation, known: Known | None = None) -> str | None:
 def not_modelled(mutation: Mutation) -> str | None:
     """Why a mutant changes no result in the machine that is simulated, though it may on a GPU, or None."""
     text, kind = mutation.text, mutation.kind
-    if "fence.mbarrier_init" in text:
-        return "a barrier is visible everywhere as soon as it is made"
-    if "bar.warp.sync" in text:
-        return "lanes of a warp run together where nothing parts them"
     if kind == "fence" and "proxy" in text and re.search(r"\bld\.shared", mutation.before):
         return "orders reads before writes of the other proxy, and a read is over at once"
     return None
