@@ -291,6 +291,8 @@ def redundant(mutation: Mutation, known: Known | None = None) -> str | None:
 def not_modelled(mutation: Mutation) -> str | None:
     """Why a mutant changes no result in the machine that is simulated, though it may on a GPU, or None."""
     text, kind = mutation.text, mutation.kind
+    if "bar.warp.sync" in text:
+        return "lanes run in lockstep, and here none of them arrives at a barrier for what the others did"
     if kind == "fence" and "proxy" in text and re.search(r"\bld\.shared", mutation.before):
         return "orders reads before writes of the other proxy, and a read is over at once"
     return None
