@@ -117,6 +117,7 @@ ROOMS = (
     Room("kernels/ops.py", ("sonic.shapes", "sonic.kernels.dispatch", "sonic.kernels.checks"), may_use_nn=False),
     # compiling ahead is asked of the one backend that does
     Room("kernels/warming.py", (*_CONTRACTS, "sonic.kernels.checks", "sonic.kernels.cute.ahead"), may_use_nn=False),
+    Room("kernels/cli.py", (*_CONTRACTS, "sonic.kernels.checks", "sonic.kernels.warming"), may_use_nn=False),
     Room("kernels/reference/", ("sonic.shapes",), ("numpy",), may_use_nn=False),
     Room("kernels/triton/", ("sonic.shapes", "sonic.roofline"), ("triton",), may_use_nn=False),
     # `simulator`: on a CPU its kernels are launched there, once somebody has opened it
@@ -124,6 +125,7 @@ ROOMS = (
     Room("simulator/", (), ("numpy", "cutlass"), ("matplotlib",)),
     Room("routing/", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops")),
     Room("functional.py", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops", "sonic.routing.plan")),
+    Room("convert/", ("sonic.shapes",), ("numpy",)),
     Room("planner/", ("sonic.shapes", "sonic.roofline"), ("numpy",), ("matplotlib", "rich", "tomllib")),
     # `ops` and `plan`: rows that were received are planned, and those of a token are summed in float32 without atomics
     Room("parallel/", (*_PARALLEL, "sonic.kernels.ops", "sonic.routing.plan"), (), ("matplotlib", "rich")),
