@@ -412,6 +412,6 @@ def test_asking_imports_no_compiler() -> None:
         for device, arch in (("cpu", None), ("cuda", 90)):
             str(kernels.explain("up_proj", **sizes, device=device, arch=arch))
         assert len(keys.layer_keys(128, 8, 32, 16)) == 6
-        assert not {"cutlass", "cuda"} & set(sys.modules)
+        assert "cutlass" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -45,9 +45,11 @@ def all_to_all(group: dist.ProcessGroup | None, send_sizes: list[int], receive_s
             return Started(x)
         x = x.contiguous()
         out = x.new_empty(sum(receive_sizes), *x.shape[1:])
-        if len({*send_sizes, *receive_sizes}) == 1:
-            return Started(out, dist.all_to_all_single(out, x, group=group, async_op=True))
-        return Started(out, dist.all_to_all_single(out, x, receive_sizes, send_sizes, group=group, async_op=True))
+        even = len({*send_sizes, *receive_sizes}) == 1
+        sizes = (None, None) if even else (list(receive_sizes), list(send_sizes))
+        work = dist.all_to_all_single(out, x, *sizes, group, True)
+        num_bytes = max(out.nbytes, x.nbytes)
+        return Started(out, work, op="all_to_all", num_ranks=group.size(), num_bytes=num_bytes)
 
     return start
 

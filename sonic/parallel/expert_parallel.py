@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sonic.autograd import autocast_dtype
 from sonic.parallel.exchange import Exchange
-from sonic.parallel.in_flight import InFlight, all_reduce, reduce_gradient
+from sonic.parallel.in_flight import InFlight, all_reduce, reduce_gradient, waiting_at
 from sonic.parallel.mesh import Ranks, ranks_of
 from sonic.parallel.sharding import Split, local_part, shard_parameter
 from sonic.parallel.tensor_parallel import REDUCE, enter, leave, once, scale_gradient
@@ -135,7 +135,9 @@ class MoELayout:
         """Scores, whose gradients are partial sums over ``tp``: the router gets them whole."""
         if self.tp.size == 1:
             return scores
-        return reduce_gradient(scores, all_reduce(self.tp.group), kind="scores", overlap=self.overlap)
+        # awaited at once, whatever the layer waits for later: the router's gradient, and with it the tokens', needs it
+        with waiting_at(None):
+            return reduce_gradient(scores, all_reduce(self.tp.group), kind="scores", overlap=self.overlap)
 
     def dispatch(self, x_TD: Tensor, scores: Tensor, plan: RoutingPlan, backend: str | None) -> Exchange | None:
         """Send tokens to their experts; None where all experts are here."""
