@@ -46,8 +46,14 @@ def all_to_all(group: dist.ProcessGroup | None, send_sizes: list[int], receive_s
         x = x.contiguous()
         out = x.new_empty(sum(receive_sizes), *x.shape[1:])
         even = len({*send_sizes, *receive_sizes}) == 1
-        sizes = (None, None) if even else (list(receive_sizes), list(send_sizes))
-        work = dist.all_to_all_single(out, x, *sizes, group, True)
+        work = dist.all_to_all_single(
+            out,
+            x,
+            output_split_sizes=None if even else receive_sizes,
+            input_split_sizes=None if even else send_sizes,
+            group=group,
+            async_op=True,
+        )
         num_bytes = max(out.nbytes, x.nbytes)
         return Started(out, work, op="all_to_all", num_ranks=group.size(), num_bytes=num_bytes)
 
