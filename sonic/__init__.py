@@ -3,6 +3,11 @@
 Start with :class:`sonic.MoE`; :func:`sonic.moe_mlp` and :func:`sonic.expert_mlp` are the same experts as functions.
 """
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from sonic import kernels, layers, routing
 from sonic.functional import expert_mlp, moe_mlp
 from sonic.kernels.ops import ACTIVATIONS
@@ -12,3 +17,16 @@ from sonic.routing.plan import RoutingPlan
 __all__ = ["ACTIVATIONS", "MoE", "RoutingPlan", "expert_mlp", "kernels", "layers", "moe_mlp", "routing"]
 
 __version__ = "0.1.0"
+
+# Faces of other libraries, each a module that is read when its name is first used.
+_FACES = {"huggingface": "sonic.layers.huggingface"}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _FACES:
+        return importlib.import_module(_FACES[name])
+    raise AttributeError(f"module 'sonic' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FACES])

@@ -45,15 +45,10 @@ def all_to_all(group: dist.ProcessGroup | None, send_sizes: list[int], receive_s
             return Started(x)
         x = x.contiguous()
         out = x.new_empty(sum(receive_sizes), *x.shape[1:])
-        even = len({*send_sizes, *receive_sizes}) == 1
-        work = dist.all_to_all_single(
-            out,
-            x,
-            output_split_sizes=None if even else receive_sizes,
-            input_split_sizes=None if even else send_sizes,
-            group=group,
-            async_op=True,
-        )
+        if len({*send_sizes, *receive_sizes}) == 1:
+            work = dist.all_to_all_single(out, x, group=group, async_op=True)
+        else:
+            work = dist.all_to_all_single(out, x, receive_sizes, send_sizes, group=group, async_op=True)
         num_bytes = max(out.nbytes, x.nbytes)
         return Started(out, work, op="all_to_all", num_ranks=group.size(), num_bytes=num_bytes)
 
