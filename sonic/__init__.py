@@ -18,15 +18,15 @@ __all__ = ["ACTIVATIONS", "MoE", "RoutingPlan", "expert_mlp", "kernels", "layers
 
 __version__ = "0.1.0"
 
-# Faces of other libraries, each a module that is read when its name is first used.
-_FACES = {"huggingface": "sonic.layers.huggingface"}
+# Faces of other libraries and rooms of their own, each a module that is read when its name is first used.
+_LAZILY = {"huggingface": "sonic.layers.huggingface", "simulator": "sonic.simulator"}
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in _FACES:
-        return importlib.import_module(_FACES[name])
+    if name in _LAZILY:
+        return importlib.import_module(_LAZILY[name])
     raise AttributeError(f"module 'sonic' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FACES])
+    return sorted([*globals(), *_LAZILY])
