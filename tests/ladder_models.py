@@ -85,6 +85,7 @@ def differences(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, 
 def results(module: nn.Module, x: Tensor, seed: Tensor, **inputs: Any) -> dict[str, Tensor]:
     """The output, and the gradients of x and of every parameter."""
     x = x.detach().requires_grad_()
+    module.zero_grad(set_to_none=True)  # what was returned before stays as it was
     y = module(x, **inputs)
     (y * seed).sum().backward()
     grads = {name: parameter.grad for name, parameter in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""Measuring configurations of the CuTe kernels: what is kept, and how; without a GPU, by measurements that are made up."""
+"""Measuring configurations of the CuTe kernels: what is kept, and how; without a GPU, by made-up measurements."""
 
 from __future__ import annotations
 

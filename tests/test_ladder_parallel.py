@@ -117,8 +117,10 @@ def compare_moe(rank: int, ep: int, tp: int) -> list[tuple[str, float]]:
     for wiring in MOE:
         wiring = Wiring((wiring,) * LAYERS if isinstance(wiring, str) else wiring)
         whole = LadderStack(moe_blocks(), wiring)
-        whole.eval()  # rounding would see another set of tokens on each rank
+        rounded = joined([results(whole, *part) for part in zip(x.chunk(ep), seed.chunk(ep), strict=True)])
+        whole.eval()
         wanted = results(whole, x, seed)
+        assert not torch.equal(rounded["output"], wanted["output"]), "rounding has moved nothing"
         for tp_reduce in ("none", "sum", "reduce_scatter") if tp > 1 else ("sum",):
             for overlap in ("off", "full") if ep * tp == 2 else ("full",):
                 layers = moe_blocks(tp_rank, tp)
@@ -134,15 +136,24 @@ def compare_moe(rank: int, ep: int, tp: int) -> list[tuple[str, float]]:
                 stack = LadderStack(
                     layers, wiring, tp_mesh=tp_mesh, overlap=overlap, sequence_parallel=tp_reduce == "reduce_scatter"
                 )
-                stack.eval()
-                got = results(stack, x.chunk(ep)[ep_rank], seed.chunk(ep)[ep_rank])
-                errors = differences(
-                    {name: whole_gradient(name, value, ep_mesh) for name, value in got.items()},
-                    {name: expected_part(name, value, ep, ep_rank, tp, tp_rank) for name, value in wanted.items()},
-                )
-                worst = max(errors, key=errors.__getitem__)
-                found.append((f"{wiring.layers} {tp_reduce} {overlap}: {worst}", errors[worst]))
+                for expected, training in ((rounded, True), (wanted, False)):
+                    stack.train(training)  # tokens are rounded in training, by each rank among its own
+                    got = results(stack, x.chunk(ep)[ep_rank], seed.chunk(ep)[ep_rank])
+                    parts = {n: expected_part(n, value, ep, ep_rank, tp, tp_rank) for n, value in expected.items()}
+                    errors = differences({n: whole_gradient(n, value, ep_mesh) for n, value in got.items()}, parts)
+                    worst = max(errors, key=errors.__getitem__)
+                    found.append((f"{wiring.layers} {tp_reduce} {overlap} {training}: {worst}", errors[worst]))
     return found
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Results of one process on the ranks' tokens in turn: outputs side by side, gradients of parameters summed."""
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if name in ("output", "x")
+        else sum(part[name] for part in parts)
+        for name in parts[0]
+    }
 
 
 def whole_gradient(name: str, value: Tensor, ep_mesh: Any) -> Tensor:
