@@ -106,10 +106,13 @@ def moe_blocks(part: int = 0, parts: int = 1) -> list[LadderBlock]:
     return layers
 
 
-def compare_moe(rank: int, ep: int, tp: int) -> list[tuple[str, float]]:
-    """Every wiring with experts over ``ep`` ranks, each over ``tp``; ranks along ep have a part of the batch each."""
-    mesh = init_device_mesh("cpu", (ep, tp), mesh_dim_names=("ep", "tp"))
-    ep_mesh, tp_mesh = (mesh["ep"] if ep > 1 else None), (mesh["tp"] if tp > 1 else None)
+def compare_moe(rank: int, axis: str, ep: int, tp: int) -> list[tuple[str, float]]:
+    """Every wiring with experts over ``ep`` ranks, each over ``tp``; ranks along ep have a part of the batch each.
+
+    With ``axis="dp"`` for "ep" they have that alone: every rank along it has all experts.
+    """
+    mesh = init_device_mesh("cpu", (ep, tp), mesh_dim_names=(axis, "tp"))
+    ep_mesh, tp_mesh = (mesh[axis] if ep > 1 else None), (mesh["tp"] if tp > 1 else None)
     ep_rank, tp_rank = divmod(rank, tp)
     x = torch.randn(2, 8, WIDTH, dtype=torch.float64)
     seed = torch.randn_like(x)
@@ -127,7 +130,7 @@ def compare_moe(rank: int, ep: int, tp: int) -> list[tuple[str, float]]:
                 for layer in layers:
                     parallelize_moe(
                         layer.mlp,
-                        ep_mesh=ep_mesh,
+                        ep_mesh=ep_mesh if axis == "ep" else None,
                         tp_mesh=tp_mesh,
                         tp_reduce=tp_reduce,
                         expert_gradient_scale=1.0,
@@ -140,7 +143,9 @@ def compare_moe(rank: int, ep: int, tp: int) -> list[tuple[str, float]]:
                     stack.train(training)  # tokens are rounded in training, by each rank among its own
                     got = results(stack, x.chunk(ep)[ep_rank], seed.chunk(ep)[ep_rank])
                     parts = {n: expected_part(n, value, ep, ep_rank, tp, tp_rank) for n, value in expected.items()}
-                    errors = differences({n: whole_gradient(n, value, ep_mesh) for n, value in got.items()}, parts)
+                    errors = differences(
+                        {n: whole_gradient(n, value, axis, ep_mesh) for n, value in got.items()}, parts
+                    )
                     worst = max(errors, key=errors.__getitem__)
                     found.append((f"{wiring.layers} {tp_reduce} {overlap} {training}: {worst}", errors[worst]))
     return found
@@ -156,11 +161,11 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def whole_gradient(name: str, value: Tensor, ep_mesh: Any) -> Tensor:
-    """A gradient summed over the ranks that have other tokens; an expert's has seen them all."""
+def whole_gradient(name: str, value: Tensor, axis: str, ep_mesh: Any) -> Tensor:
+    """A gradient summed over the ranks that have other tokens; an expert that is on one rank has seen them all."""
     if isinstance(value, torch.distributed.tensor.DTensor):
         value = value.full_tensor()
-        if is_expert(name):
+        if is_expert(name) and axis == "ep":
             return value
     if ep_mesh is not None and name not in ("output", "x"):
         dist.all_reduce(value, group=ep_mesh.get_group())
@@ -177,7 +182,7 @@ def expected_part(name: str, value: Tensor, ep: int, ep_rank: int, tp: int, tp_r
     return share(name, value, tp_rank, tp) if ".attention." in name else value
 
 
-@pytest.mark.parametrize(("ep", "tp"), [(2, 1), (1, 2), (2, 2)])
-def test_moe_stack_equals_one_process(ep: int, tp: int) -> None:
-    for found in run_ranks(compare_moe, ep * tp, ep, tp):
+@pytest.mark.parametrize(("axis", "ep", "tp"), [("ep", 2, 1), ("ep", 1, 2), ("ep", 2, 2), ("dp", 2, 2)])
+def test_moe_stack_equals_one_process(axis: str, ep: int, tp: int) -> None:
+    for found in run_ranks(compare_moe, ep * tp, axis, ep, tp):
         assert not [(case, worst) for case, worst in found if not worst < 1e-10]
