@@ -1,8 +1,8 @@
 """FLOPs, bytes and least time of every op on a named chip.
 
 Letters as in :mod:`sonic.shapes`; i bytes per value of a matrix, s bytes per score (4; 8 in float64), E' experts that
-at least one row reaches, G rows of a gathered operand that come from memory (below), R' rows with tile padding, C runs
-of tokens that are counted apart; in brackets what only a bias adds, in braces the bytes of routing data;
+at least one row reaches, G rows of a gathered operand that come from memory (below), R' rows with tile padding, C - 1
+runs of tokens that are counted apart; in brackets what only a bias adds, in braces the bytes of routing data;
 topk_softmax_bwd swaps reads and writes, without C; best_of_columns chooses R pairs, as expert choice does:
 
 ====================  ========  ==================================================  ===========================
@@ -351,7 +351,7 @@ def _topk_softmax(layer: Layer, is_bwd: bool = False) -> Cost:
     table, chosen = layer.score_bytes * layer.num_experts, (2 * layer.score_bytes + 4) * layer.top_k
     read, written = layer.num_tokens * table, layer.num_tokens * chosen
     tokens_per_run = 1 << max(256 // layer.top_k, 1).bit_length() - 1  # as sonic.kernels.ops has it
-    load = 4 * layer.num_experts * -(-layer.num_tokens // tokens_per_run)
+    load = 4 * layer.num_experts * (-(-layer.num_tokens // tokens_per_run) + 1)
     return Cost(0, written, read) if is_bwd else Cost(0, read, written + load)
 
 

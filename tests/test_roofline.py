@@ -132,7 +132,7 @@ class TestNumbersWrittenOut:
             ("down_proj_bwd_weight", 1280, 2 * (160 + 80) + 80 + 24, 2 * 160),
             ("up_proj_bwd_input", 2560, 2 * (160 + 320) + 24, 2 * 160),
             ("up_proj_bwd_weight", 2560, 2 * (160 + 160) + 80 + 24, 2 * 320),
-            ("topk_softmax", 0, 4 * 50, 3 * 4 * 20 + 4 * 5),
+            ("topk_softmax", 0, 4 * 50, 3 * 4 * 20 + 2 * 4 * 5),
             ("topk_softmax_bwd", 0, 3 * 4 * 20, 4 * 50),
             ("build_plan", 0, 4 * 20, 24 + 3 * 80 + 44),
             ("experts", 3840, 1064 + 504 + 524, 480 + 320 + 160),
