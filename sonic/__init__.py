@@ -19,12 +19,12 @@ __all__ = ["ACTIVATIONS", "MoE", "RoutingPlan", "expert_mlp", "kernels", "layers
 __version__ = "0.1.0"
 
 # Faces of other libraries and rooms of their own, each a module that is read when its name is first used.
-_LAZILY = {"huggingface": "sonic.layers.huggingface", "simulator": "sonic.simulator"}
+_LAZILY = ("huggingface", "parallel", "simulator")
 
 
 def __getattr__(name: str) -> ModuleType:
     if name in _LAZILY:
-        return importlib.import_module(_LAZILY[name])
+        return importlib.import_module(f"sonic.{name}")
     raise AttributeError(f"module 'sonic' has no attribute {name!r}")
 
 

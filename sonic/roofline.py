@@ -48,7 +48,7 @@ from types import MappingProxyType
 
 import torch
 
-from sonic.shapes import argument_error, check_choice, check_positive
+from sonic.shapes import argument_error, check_choice, check_positive, load_columns
 
 __all__ = [
     "CHIPS",
@@ -350,8 +350,7 @@ def _bwd_weight(layer: Layer, width: int, bias_width: int) -> Cost:
 def _topk_softmax(layer: Layer, is_bwd: bool = False) -> Cost:
     table, chosen = layer.score_bytes * layer.num_experts, (2 * layer.score_bytes + 4) * layer.top_k
     read, written = layer.num_tokens * table, layer.num_tokens * chosen
-    tokens_per_run = 1 << max(256 // layer.top_k, 1).bit_length() - 1  # as sonic.kernels.ops has it
-    load = 4 * layer.num_experts * (-(-layer.num_tokens // tokens_per_run) + 1)
+    load = 4 * layer.num_experts * load_columns(layer.num_tokens, layer.top_k)
     return Cost(0, written, read) if is_bwd else Cost(0, read, written + load)
 
 

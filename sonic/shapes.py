@@ -16,6 +16,7 @@ K       experts per token                                                       
 P       slots: (token, expert) pairs in the order of the caller's scores; T*K for top-K
 R       routed rows, grouped by expert: P, unless a caller brings padding rows of its own
 M       row tile of a grouped GEMM                                                              ``tile_rows``
+C       columns of the load that top-K counts: runs of tokens and a spare one, see :func:`load_columns`
 ======  ======================================================================================  =====================
 
 A trailing 1 is "plus one": ``expert_offset_E1`` has E + 1 entries, the first is 0.
@@ -50,6 +51,8 @@ __all__ = [
     "check_positive",
     "check_same",
     "check_shape",
+    "load_columns",
+    "tokens_per_run",
 ]
 
 
@@ -152,3 +155,22 @@ def check_choice(where: str, argument: str, value: object, choices: Sequence[str
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def tokens_per_run(top_k: int) -> int:
+    """Tokens of a run in which top-K counts the load of the experts: the largest power of two within 256 / K, or 1.
+
+    A stable parallel sort has to know where the rows of each run begin, for which a sum over all tokens does not do. A
+    run has as many slots as one program can place; it is a power of two, so that sequences are whole runs.
+    """
+    return 1 << (max(256 // top_k, 1).bit_length() - 1)
+
+
+def load_columns(num_tokens: int, top_k: int) -> int:
+    """C: a column for each run of tokens, and one that stays zero.
+
+    So there are never less than two of them where there is a token, and whoever traces with a symbolic number of tokens
+    need not ask whether it fills a single run.
+    """
+    run = tokens_per_run(top_k)
+    return (num_tokens + run - 1) // run + 1

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
-_PRELOAD = [
+PRELOAD = [
     "torch",
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
@@ -75,7 +75,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout:
 
 def _run(function: Callable[..., Any], num_ranks: int, args: tuple[Any, ...], timeout: float, folder: str) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     deadline = time.monotonic() + timeout
     processes, readers = [], {}
     try:
@@ -85,7 +85,7 @@ def _run(function: Callable[..., Any], num_ranks: int, args: tuple[Any, ...], ti
             process = context.Process(
                 target=_be_a_rank, args=(job, rank, num_ranks, folder, timeout, writer), daemon=True
             )
-            with _main_not_imported(), _library_on_path():
+            with main_not_imported(), library_on_path():
                 process.start()
             writer.close()
             processes.append(process)
@@ -134,7 +134,7 @@ def _stacks(folder: str, rank: int) -> str:
 
 
 @contextlib.contextmanager
-def _main_not_imported() -> Any:
+def main_not_imported() -> Any:
     """The children have no business with ``__main__``, which is pytest or a worker of it."""
     main = sys.modules["__main__"]
     saved = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
@@ -149,7 +149,7 @@ def _main_not_imported() -> Any:
 
 
 @contextlib.contextmanager
-def _library_on_path() -> Any:
+def library_on_path() -> Any:
     """For the server, which starts with the first process and is told no other path."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])

@@ -102,6 +102,7 @@ class Room:
 # `shapes` (the words) is for all rooms but the simulator; `autograd` (what autograd functions share) for those that
 # hold such functions.
 _LAYERS = ("sonic.shapes", "sonic.autograd", "sonic.functional", "sonic.routing", "sonic.parallel")
+_FACES = (*_LAYERS, "sonic.layers")
 _CONTRACTS = ("sonic.shapes", "sonic.kernels.dispatch")
 _PARALLEL = ("sonic.shapes", "sonic.autograd", "sonic.functional")
 ROOMS = (
@@ -130,20 +131,14 @@ ROOMS = (
     # `ops` and `plan`: rows that were received are planned, and those of a token are summed in float32 without atomics
     Room("parallel/", (*_PARALLEL, "sonic.kernels.ops", "sonic.routing.plan"), (), ("matplotlib", "rich")),
     Room("layers/", _LAYERS),
-    *(
-        Room(
-            f"layers/{name}",
-            ("sonic.shapes", "sonic.autograd", "sonic.functional", "sonic.routing", "sonic.parallel", "sonic.layers"),
-            (),
-            others,
-        )
-        for name, others in (
-            ("huggingface.py", ("transformers",)),
-            ("hf.py", ("transformers",)),
-            ("megatron.py", ("megatron",)),
-            ("torchtitan.py", ("torchtitan",)),
-        )
-    ),
+    Room("layers/huggingface.py", _FACES, (), ("transformers",)),
+    # subclasses of Megatron's classes lie in files of their own, which the face reads when it is called
+    Room("layers/megatron/", _FACES, (), ("megatron",)),
+    *(Room(f"layers/megatron/{name}.py", _FACES, ("megatron",)) for name in ("experts", "layer", "router", "ladder")),
+    # read by torchtitan itself, by its name on a command line
+    Room("layers/torchtitan.py", _FACES, ("torchtitan",)),
+    Room("compat/", (*_FACES, "sonic.kernels")),
+    *(Room(f"{name}.py", (f"sonic.layers.{name}",)) for name in ("fsdp", "huggingface", "megatron", "torchtitan")),
 )
 
 
@@ -237,8 +232,9 @@ def import_faults(tree: ast.Module, path: str) -> list[str]:
         ("functional.py", "from sonic.routing import plan", False),
         ("functional.py", "from sonic.routing import topk", True),
         ("parallel/x.py", "from sonic.layers import MoE", True),
-        ("layers/megatron.py", "def f():\n    from megatron.core import parallel_state", False),
-        ("layers/megatron.py", "import megatron", True),
+        ("layers/megatron/__init__.py", "def f():\n    from megatron.core import parallel_state", False),
+        ("layers/megatron/__init__.py", "import megatron", True),
+        ("layers/megatron/experts.py", "import megatron", False),
         ("layers/moe.py", "def f():\n    import megatron", True),
         ("layers/moe.py", "if True:\n    import pandas", True),
         ("utils.py", "", True),

@@ -118,7 +118,7 @@ def test_what_is_in_flight_has_no_memory_and_no_values(mesh: DeviceMesh) -> None
 
 def test_two_consumers_of_what_is_in_flight_are_refused(mesh: DeviceMesh) -> None:
     x = torch.randn(4, requires_grad=True)
-    box = in_flight._Mailbox("mlp", in_flight.all_reduce(mesh.get_group()))
+    box = in_flight.Mailbox("mlp", in_flight.all_reduce(mesh.get_group()))
     n = in_flight._GradientWait.apply(x, box)
     twice = in_flight._GradientIssue.apply(n, box) + in_flight._GradientIssue.apply(n, box)
     with pytest.raises(RuntimeError, match="a second backward mlp collective was issued before the first was awaited"):

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from sonic import RoutingPlan
 from sonic.kernels import ops
-from sonic.kernels.ops import tokens_per_run
 from sonic.kernels.reference.routing import build_plan, topk_softmax
 from sonic.routing import RoutingMetrics
+from sonic.shapes import tokens_per_run
 
 ARRAYS = ("expert_offset_E1", "token_of_row_R", "slot_of_row_R", "row_by_token_R", "token_offset_T1")
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

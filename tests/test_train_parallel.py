@@ -58,7 +58,7 @@ class Ranks:
 
     def __init__(self, folder: Path, num_ranks: int, jobs: list[list[str]], main: str = "examples.train_parallel:main"):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*distributed._PRELOAD, "examples.train_parallel"])
+        context.set_forkserver_preload([*distributed.PRELOAD, "examples.train_parallel"])
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(num_ranks)]
         ports = [free_port() for _ in jobs]
@@ -66,7 +66,7 @@ class Ranks:
         for rank, output in enumerate(self.outputs):
             arguments = (main, jobs, ports, rank, num_ranks, str(output))
             process = context.Process(target=_be_a_rank, args=arguments, daemon=True)
-            with distributed._main_not_imported(), distributed._library_on_path():
+            with distributed.main_not_imported(), distributed.library_on_path():
                 process.start()
             self.processes.append(process)
 

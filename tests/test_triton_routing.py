@@ -18,6 +18,7 @@ from torch import Tensor
 from sonic import RoutingPlan, kernels
 from sonic.kernels import ops
 from sonic.routing import TopKRouter, topk_scores
+from sonic.shapes import tokens_per_run
 from tests.helpers import short
 
 pytest.importorskip("triton")
@@ -55,7 +56,7 @@ def topk(logits_TE: Tensor, *args: Any, backend: str = "triton", **options: Any)
 
 def counted(expert_TK: Tensor, num_experts: int) -> Tensor:
     """The load, run by run, and a column of zeros."""
-    runs = expert_TK.split(ops.tokens_per_run(expert_TK.shape[1])) if expert_TK.shape[0] else ()
+    runs = expert_TK.split(tokens_per_run(expert_TK.shape[1])) if expert_TK.shape[0] else ()
     loads = [torch.bincount(run.reshape(-1), minlength=num_experts).int() for run in runs]
     return torch.stack([*loads, torch.zeros(num_experts, dtype=torch.int32)], dim=1)
 
@@ -181,7 +182,7 @@ def test_the_load_of_each_run_is_counted(T: int, E: int, K: int, num_groups: int
     _, expert_TK, _, load_EC = ops.topk_softmax(logits_TE, *options, backend=backend)
     assert torch.equal(load_EC.cpu(), counted(expert_TK.cpu(), E))
     assert torch.equal(load_EC.sum(1).cpu(), torch.bincount(expert_TK.cpu().reshape(-1), minlength=E))
-    assert load_EC.shape[1] == -(-T // ops.tokens_per_run(K)) + 1 and load_EC.sum() == T * K
+    assert load_EC.shape[1] == -(-T // tokens_per_run(K)) + 1 and load_EC.sum() == T * K
     others = logits_TE.new_tensor(0.0).expand(T, E)  # all choose alike: every program adds to the same experts
     *_, load_EC = ops.topk_softmax(others, *options, backend=backend)
     assert sorted(load_EC.sum(1).tolist()) == [0] * (E - K) + [T] * K

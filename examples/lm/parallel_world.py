@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from examples.lm.errors import JobError
 from examples.lm.job import Stopped
 from examples.lm.parallel_liveness import Liveness
-from examples.lm.world import World, _choose_device
+from examples.lm.world import World, choose_device
 from sonic.parallel.sharding import local_part
 
 
@@ -73,7 +73,7 @@ class ParallelWorld(World):
     def __init__(self, device: str, sizes: MeshSizes, *, timeout: float, program: str) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = _choose_device(device)
+        self.device = choose_device(device)
         self.sizes = sizes
         self.data_size = sizes.dp * sizes.ep
         self.data_rank = self.rank // sizes.tp

@@ -36,7 +36,7 @@ class World:
     def __init__(self, device: str) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = _choose_device(device)
+        self.device = choose_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
@@ -75,7 +75,7 @@ class World:
             gradient.copy_(mean.view_as(gradient))
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

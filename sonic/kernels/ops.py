@@ -50,7 +50,7 @@ from sonic.kernels.checks import (
     row_count,
 )
 from sonic.kernels.dispatch import ACTIVATIONS, FLOAT_DTYPES, GATED_ACTIVATIONS, check_float_dtype
-from sonic.shapes import argument_error, check_dtype, check_same, check_shape
+from sonic.shapes import argument_error, check_dtype, check_same, check_shape, load_columns, tokens_per_run
 
 __all__ = [
     "ACTIVATIONS",
@@ -72,7 +72,6 @@ __all__ = [
     "experts_bwd",
     "is_gated",
     "tile_rows",
-    "tokens_per_run",
     "topk_softmax",
     "topk_softmax_bwd",
     "up_proj",
@@ -707,9 +706,9 @@ def topk_softmax(
         scores_TK: float32 (float64 for float64 logits), largest preference first.
         expert_TK: int32.
         prob_TK: the chosen probabilities before normalisation and scaling, dtype of the scores; backward needs them.
-        load_EC: int32, how often each expert was chosen in each of C - 1 runs of :func:`tokens_per_run` (K) tokens,
-            the last one shorter; the last column is zero. ``load_EC.sum(1)`` is the load (E,), and :func:`build_plan`
-            need not count again.
+        load_EC: int32, how often each expert was chosen in each of C - 1 runs of :func:`sonic.shapes.tokens_per_run`
+            tokens, the last one shorter; the last column is zero. ``load_EC.sum(1)`` is the load (E,), and
+            :func:`build_plan` need not count again.
 
     Cost: reads T E, writes 3 T K + E C values.
 
@@ -741,7 +740,7 @@ def _(
     size = (logits_TE.shape[0], top_k)
     dtype = torch.promote_types(logits_TE.dtype, torch.float32)
     scores_TK = logits_TE.new_empty(size, dtype=dtype)
-    load_EC = logits_TE.new_empty(logits_TE.shape[1], _num_runs(size[0], top_k), dtype=torch.int32)
+    load_EC = logits_TE.new_empty(logits_TE.shape[1], load_columns(size[0], top_k), dtype=torch.int32)
     return scores_TK, logits_TE.new_empty(size, dtype=torch.int32), torch.empty_like(scores_TK), load_EC
 
 
@@ -910,23 +909,6 @@ def _(expert_of_slot_P, token_of_slot_P, num_tokens, num_experts, load_EC=None, 
     return index(num_experts + 1), index(slots), index(slots), index(slots), index(num_tokens + 1)
 
 
-def tokens_per_run(top_k: int) -> int:
-    """Tokens of a run in which :func:`topk_softmax` counts the load: the largest power of two within 256 / K, or 1.
-
-    A stable parallel sort has to know where the rows of each run begin, for which a sum over all tokens does not do. A
-    run has as many slots as one program can place; it is a power of two, so that sequences are whole runs.
-    """
-    return 1 << (max(256 // top_k, 1).bit_length() - 1)
-
-
-def _num_runs(num_tokens, top_k):
-    """Columns of the load: a run each, and one that stays zero. So there are never less than two of them where there is
-    a token, and whoever traces with a symbolic number of tokens need not ask whether it fills a single run.
-    """
-    run = tokens_per_run(top_k)
-    return (num_tokens + run - 1) // run + 1
-
-
 def _check_load(load_EC, expert_of_slot_P, token_of_slot_P, num_tokens, num_experts):
     """Refuse a load of another shape than :func:`topk_softmax` returns; tokens per run, or 0 without a load."""
     if load_EC is None:
@@ -935,7 +917,7 @@ def _check_load(load_EC, expert_of_slot_P, token_of_slot_P, num_tokens, num_expe
     if token_of_slot_P is not None:
         raise argument_error(where, "load_EC", "a tensor", "None with token_of_slot_P")
     top_k = max(expert_of_slot_P.shape[0] // max(num_tokens, 1), 1)
-    check_shape(where, "load_EC", load_EC, E=num_experts, C=_num_runs(num_tokens, top_k))
+    check_shape(where, "load_EC", load_EC, E=num_experts, C=load_columns(num_tokens, top_k))
     check_dtype(where, "load_EC", load_EC, (torch.int32,))
     check_same(where, ("expert_of_slot_P", expert_of_slot_P), (("load_EC", load_EC),), dtype=False)
     return tokens_per_run(top_k)

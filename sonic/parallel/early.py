@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sonic.parallel.in_flight import _AT_ONCE, Collective, InFlight, _Mailbox, _stand_in
+from sonic.parallel.in_flight import AT_ONCE, Collective, InFlight, Mailbox, stand_in
 
 __all__ = ["CudaLane", "EarlyJoin", "Lane", "call_norm"]
 
@@ -127,7 +127,7 @@ class EarlyJoin:
             lane: run there, and at once; None: wait for :meth:`fill`, and in backward for what is younger.
         """
         parameters = _reduced(norm, reduce)
-        mailbox = _Mailbox(kind, backward)
+        mailbox = Mailbox(kind, backward)
         self._job = job = _Job(norm, tuple(parameters), entries, mailbox, forward, dtype, lane)
         job.x_dtype = x.dtype
         for entry in entries:
@@ -144,7 +144,7 @@ class EarlyJoin:
         self._inputs = (x, tuple(parameters.values()))
         if lane is not None:
             if n.grad_fn is not None:
-                n.grad_fn._set_sequence_nr(_AT_ONCE)
+                n.grad_fn._set_sequence_nr(AT_ONCE)
             self.fill()
 
     def fill(self) -> Tensor:
@@ -200,7 +200,7 @@ class _Job:
         norm: nn.Module,
         names: tuple[str, ...],
         entries: Sequence[Any],
-        mailbox: _Mailbox,
+        mailbox: Mailbox,
         forward: Collective,
         dtype: torch.dtype | None,
         lane: Lane | None,
@@ -222,7 +222,7 @@ class _EarlyJoin(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         like = x.new_empty(0, dtype=job.x_dtype)
         n_like = like if job.dtype is None else like.to(job.dtype)
-        return _stand_in(like, x.shape), _stand_in(n_like, job.gathered_shape)
+        return stand_in(like, x.shape), stand_in(n_like, job.gathered_shape)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, _: Tensor | None) -> Any:
@@ -247,6 +247,6 @@ class _EarlyJoin(torch.autograd.Function):
                     dentries.append(dentry)
                 else:
                     sent.mailbox.issue(sent.mailbox.backward, dentry, "backward", wait=sent.mailbox.eager_wait)
-                    dentries.append(_stand_in(dentry, sent.shape))
+                    dentries.append(stand_in(dentry, sent.shape))
         job.release()
         return None, dx, *dentries, *dparameters

@@ -206,7 +206,7 @@ class InFlight:
         kind: what it is, for reports: ``"attention"``, ``"mlp"``, ``"dispatch"``, …
     """
 
-    def __init__(self, tensor: Tensor, kind: str, mailbox: _Mailbox) -> None:
+    def __init__(self, tensor: Tensor, kind: str, mailbox: Mailbox) -> None:
         self.tensor = tensor
         self.kind = kind
         self._mailbox = mailbox
@@ -215,7 +215,7 @@ class InFlight:
     @classmethod
     def of(cls, tensor: Tensor, kind: str) -> InFlight:
         """A tensor that is complete already, in the clothes of one that is not."""
-        done = cls(tensor, kind, _Mailbox(kind, None))
+        done = cls(tensor, kind, Mailbox(kind, None))
         done._result = tensor
         return done
 
@@ -266,7 +266,7 @@ def issue(
         the result in flight.
     """
     check_choice("sonic.parallel.issue", "overlap", overlap, ("off", "forward", "full"))
-    mailbox = _Mailbox(kind, backward, eager_wait=overlap != "full")
+    mailbox = Mailbox(kind, backward, eager_wait=overlap != "full")
     tensor = _Issue.apply(x, forward, mailbox)
     if wait_at is None:
         wait_at = _WAIT_AT.get()
@@ -303,7 +303,7 @@ def reduce_gradient(
         RuntimeError: ``wait_at`` is given, and this torch cannot order nodes: ask :func:`can_set_order`.
     """
     check_choice("sonic.parallel.reduce_gradient", "overlap", overlap, ("off", "forward", "full"))
-    mailbox = _Mailbox(kind, collective, eager_wait=overlap != "full")
+    mailbox = Mailbox(kind, collective, eager_wait=overlap != "full")
     waited = _GradientWait.apply(x, mailbox)
     if wait_at is None:
         wait_at = _WAIT_AT.get()
@@ -318,7 +318,7 @@ def reduce_gradient(
 # ---------------------------------------------------------------- the order in which autograd runs
 
 
-_AT_ONCE = 2**62  # younger than any node that comes about by running
+AT_ONCE = 2**62  # younger than any node that comes about by running
 
 
 def sequence_number() -> int:
@@ -346,13 +346,13 @@ def _set_order(tensor: Tensor, number: int) -> None:
 def _run_at_once(tensor: Tensor | None) -> None:
     """Let the node that issues in backward run before others that are ready too, such as weight gradients."""
     if tensor is not None and tensor.grad_fn is not None and can_set_order():
-        tensor.grad_fn._set_sequence_nr(_AT_ONCE)  # type: ignore[attr-defined]
+        tensor.grad_fn._set_sequence_nr(AT_ONCE)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- nodes
 
 
-class _Mailbox:
+class Mailbox:
     """Carries what is in flight between the two nodes of a pair; a plain object, so that no wrapper copies it."""
 
     def __init__(self, kind: str, backward: Collective | None, eager_wait: bool = False) -> None:
@@ -365,6 +365,11 @@ class _Mailbox:
         self._result: Tensor | None = None
 
     def issue(self, collective: Collective, x: Tensor, phase: str, wait: bool) -> None:
+        """Start ``collective`` on ``x``, or with ``wait`` run it to its end; ``phase`` goes into the log.
+
+        Raises:
+            RuntimeError: the box is full.
+        """
         if self._started is not None or self._result is not None:
             raise RuntimeError(
                 f"sonic.parallel: a second {phase} {self.kind} collective was issued before the first was awaited, "
@@ -396,7 +401,7 @@ class _Mailbox:
         return result
 
 
-def _stand_in(like: Tensor, shape: torch.Size) -> Tensor:
+def stand_in(like: Tensor, shape: torch.Size) -> Tensor:
     """A tensor of that shape without memory of its own. NaN, unless anomaly mode would take that for a fault."""
     value = 0.0 if torch.is_anomaly_enabled() or not like.is_floating_point() else float("nan")
     return like.new_full((), value).expand(shape)
@@ -404,12 +409,12 @@ def _stand_in(like: Tensor, shape: torch.Size) -> Tensor:
 
 class _Issue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Collective, mailbox: _Mailbox) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forward: Collective, mailbox: Mailbox) -> Tensor:
         ctx.mailbox, ctx.dtype = mailbox, x.dtype
         mailbox.issue(forward, x, "forward", wait=False)
         started = mailbox._started
         assert started is not None, "it was issued just now"
-        return _stand_in(started.tensor, started.tensor.shape if started.shape is None else started.shape)
+        return stand_in(started.tensor, started.tensor.shape if started.shape is None else started.shape)
 
     @staticmethod
     @once_differentiable
@@ -419,7 +424,7 @@ class _Issue(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, mailbox: _Mailbox) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, mailbox: Mailbox) -> Tensor:
         ctx.mailbox, ctx.shape = mailbox, tensor.shape
         result = mailbox.take()
         # a tensor with a history of its own (nothing was sent) cannot be given another
@@ -429,12 +434,12 @@ class _Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.mailbox.issue(ctx.mailbox.backward, grad, "backward", wait=ctx.mailbox.eager_wait)
-        return _stand_in(grad, ctx.shape), None
+        return stand_in(grad, ctx.shape), None
 
 
 class _GradientWait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mailbox: _Mailbox) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mailbox: Mailbox) -> Tensor:
         ctx.mailbox, ctx.dtype = mailbox, x.dtype
         return x.view_as(x)
 
@@ -446,7 +451,7 @@ class _GradientWait(torch.autograd.Function):
 
 class _GradientIssue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mailbox: _Mailbox) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mailbox: Mailbox) -> Tensor:
         ctx.mailbox = mailbox
         return x.view_as(x)
 
@@ -454,4 +459,4 @@ class _GradientIssue(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         ctx.mailbox.issue(ctx.mailbox.backward, grad, "backward", wait=ctx.mailbox.eager_wait)
-        return _stand_in(grad, grad.shape), None
+        return stand_in(grad, grad.shape), None

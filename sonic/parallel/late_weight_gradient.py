@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sonic.autograd import autocast_dtype
-from sonic.parallel.in_flight import _stand_in
+from sonic.parallel.in_flight import stand_in
 
 __all__ = ["linear"]
 
@@ -65,7 +65,7 @@ class _InputGradient(torch.autograd.Function):
         ctx.box.x, ctx.box.dy = x, dy
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         db = dy.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return dx, _stand_in(weight, weight.shape), db, None
+        return dx, stand_in(weight, weight.shape), db, None
 
 
 class _WeightGradient(torch.autograd.Function):

@@ -96,8 +96,8 @@ def topk_scores(
 
     Returns:
         scores (T, K) float32 or float64, best choice first, and the experts (T, K) int32. With ``with_load`` also the
-        load (E, C) int32, for each of C runs of ``sonic.kernels.ops.tokens_per_run(K)`` tokens: its sum over the runs
-        is that of all tokens, and :meth:`sonic.RoutingPlan.from_topk` takes it as it is.
+        load (E, C) int32, for each run of :func:`sonic.shapes.tokens_per_run` tokens, and a column of zeros: its sum
+        over the columns is that of all tokens, and :meth:`sonic.RoutingPlan.from_topk` takes it as it is.
 
     Raises:
         ValueError: shapes or names do not fit.

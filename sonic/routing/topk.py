@@ -15,7 +15,7 @@ from sonic.routing.losses import Group, check_group, process_group_of, router_lo
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing, RoutingMetrics
 from sonic.routing.scores import Source, pair_scores, router_logits, topk_scores
-from sonic.shapes import argument_error, check_choice, check_positive, check_shape
+from sonic.shapes import argument_error, check_choice, check_positive, check_shape, tokens_per_run
 
 __all__ = ["TopKRouter", "reset_load", "router_logits", "topk_scores", "update_expert_bias"]
 
@@ -323,7 +323,7 @@ class TopKRouter(nn.Module):
             return logits_TE.new_zeros(())
         if self._is_sequence_wise:  # a rank without a token meets the others in the same collective
             num_sequences = self._num_sequences(x_TD.shape[0], sequence_length) if x_TD.shape[0] else 1
-            run = ops.tokens_per_run(self.top_k)
+            run = tokens_per_run(self.top_k)
             if load_EC is not None and sequence_length is not None and sequence_length % run == 0:  # whole runs
                 runs_ER = load_EC[:, :-1]  # the last column is no run
                 count_E = runs_ER.reshape(self.num_experts, num_sequences, -1 if x_TD.shape[0] else 0).sum(2).t()

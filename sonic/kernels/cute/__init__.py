@@ -4,9 +4,11 @@ One main loop, with a loader for each operand, an epilogue and a schedule that a
 :mod:`sonic.simulator`. Asking whether this backend can serve imports no CuTe-DSL; the first call of an op does.
 
 * ``gemm``: the main loop; ``loaders``, ``epilogues``, ``activations``, ``schedule``: what it is put together from
-* ``config``: tile configurations as data, and the model that chooses among them
+* ``boxes``, ``ragged``: tiles between registers and memory by TMA, and rows that end anywhere
+* ``config``: tile configurations as data, and the model that chooses among them; ``keys``: from sizes to a kernel
+* ``kernels``, ``compiled``, ``ahead``: a kernel put together, compiled, kept in memory and on disk, compiled ahead
 * ``launch``: the ops of :mod:`sonic.kernels.ops`, host side
-* ``compiled``: compiled kernels, in memory and on disk
+* ``cross``, ``traffic``, ``tuning``: tools that look at the machine code, count bytes, and measure on a GPU
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import sonic.kernels.triton as backend
 from sonic.kernels.triton.grouped_gemm import up_rows
 from sonic.kernels.triton.launch import Compiled, compiling_for
 from sonic.kernels.triton.target import TARGETS, Target, interprets, target_named
-from sonic.shapes import argument_error, check_choice, check_positive
+from sonic.shapes import argument_error, check_choice, check_positive, load_columns, tokens_per_run
 
 __all__ = [
     "DEFAULT_SIZES",
@@ -220,8 +220,7 @@ def _calls(
     b1, b2 = (meta(experts, width_u), meta(experts, width_d)) if bias else (None, None)
     scores, token, offset, edges = single(rows), index(rows), index(experts + 1), index(tokens + 1)
     choice, prob = index(tokens, top_k), single(tokens, top_k)
-    run = 1 << max(256 // top_k, 1).bit_length() - 1  # as sonic.kernels.ops.tokens_per_run has it
-    load = index(experts, triton.cdiv(tokens, run) + 1)
+    load = index(experts, load_columns(tokens, top_k))
     act = (activation, glu_layout)
     return {
         "up_proj": lambda: backend.up_proj(x, w1, b1, token, offset, *act, True),
@@ -236,10 +235,10 @@ def _calls(
         "up_proj_bwd_weight": lambda: backend.up_proj_bwd_weight(h, x, token, offset, True, bias),
         "combine without scores": lambda: backend.combine(dx, None, token, edges),
         "topk_softmax": lambda: backend.topk_softmax(
-            single(tokens, experts), top_k, "softmax", False, False, 1.0, None, 1, 1, run
+            single(tokens, experts), top_k, "softmax", False, False, 1.0, None, 1, 1, tokens_per_run(top_k)
         ),
         "topk_softmax_bwd": lambda: backend.topk_softmax_bwd(prob, choice, prob, None, experts, "softmax", False, 1.0),
-        "build_plan": lambda: backend.build_plan(choice.view(-1), None, tokens, experts, load, run),
+        "build_plan": lambda: backend.build_plan(choice.view(-1), None, tokens, experts, load, tokens_per_run(top_k)),
         "build_plan from pairs": lambda: backend.build_plan(choice.view(-1), token, tokens, experts),
         "best_of_columns": lambda: backend.best_of_columns(
             single(tokens, experts), single(tokens), [1] * experts, None, None, None, None, None
