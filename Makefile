@@ -32,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo ablation test test-all gpu lint format bench-cpu doctor clean
+.PHONY: help setup demo ablation test test-all gpu lint coverage docs wheel smoke format bench-cpu bench-gpu doctor clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,10 +44,10 @@ ablation: $(VENV)/.has-base ## the same model under every routing, a quick look;
 	$(PY) -m examples.routing_ablation --quick $(ARGS)
 
 test: lint $(VENV)/.has-test ## lint, then every test that this machine can run in some minutes
-	$(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+	$(PYTEST) --long -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 test-all: lint $(VENV)/.has-test ## the same, and the slow tests
-	$(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 -m "slow or not slow" $(ARGS)
+	$(PYTEST) --long -n $(WORKERS) --dist worksteal --durations=15 -m "slow or not slow" $(ARGS)
 
 gpu: $(VENV)/.has-test ## only the tests that need a GPU
 	$(PY) -m pytest -m "gpu or hopper or multigpu" $(ARGS)
@@ -57,12 +57,32 @@ lint: $(VENV)/.has-lint ## ruff (faults, format) and mypy
 	$(PY) -m ruff format --quiet --check .
 	$(PY) -m mypy --no-error-summary
 
+coverage: $(VENV)/.has-coverage ## the tests again, and which lines of sonic/ they do not reach
+	rm -f .coverage .coverage.*
+	$(PYTEST) --long -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html:report/coverage $(ARGS)
+
+docs: $(VENV)/.has-docs ## this project's site, warnings as errors, into report/docs
+	$(PY) -m sphinx -q -W --keep-going -b html docs report/docs $(ARGS)
+	@echo "open report/docs/index.html"
+
+wheel: $(VENV)/.has-wheel ## a wheel and an sdist, into dist/
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist $(ARGS)
+
+smoke: wheel ## install that wheel into an empty environment of PYTHON, and use it there
+	rm -rf dist/smoke && $(PYTHON) -m venv dist/smoke
+	dist/smoke/bin/python -m pip --quiet --disable-pip-version-check --no-input install $(PIP_ARGS) $(TORCH) dist/*.whl
+	cp tests/smoke.py dist/smoke/smoke.py && cd dist/smoke && PYTHONPATH= bin/python smoke.py
+
 format: $(VENV)/.has-lint ## let ruff mend and format what it can
 	$(PY) -m ruff check --quiet --fix .
 	$(PY) -m ruff format --quiet .
 
 bench-cpu: $(VENV)/.has-base ## time the MoE layer against other ways to compute it, on this CPU
 	$(PY) -m benchmarks.cpu_moe $(ARGS)
+
+bench-gpu: $(VENV)/.has-test ## every benchmark and GPU test in one command; ARGS='--resume', ARGS='--dry-run' and more
+	$(PY) -m sonic bench --suite gpu $(ARGS)
 
 doctor: $(VENV)/.has-base ## what sonic finds on this machine, and what is missing
 	$(PY) -m sonic doctor $(ARGS)
@@ -103,7 +123,7 @@ $(VENV)/.has-base: pyproject.toml
 	@$(PIP) --no-build-isolation --editable '.[examples]'
 	@touch $@
 
-$(VENV)/.has-test $(VENV)/.has-lint: $(VENV)/.has-%: $(VENV)/.has-base
+$(VENV)/.has-test $(VENV)/.has-lint $(VENV)/.has-coverage $(VENV)/.has-docs $(VENV)/.has-wheel: $(VENV)/.has-%: $(VENV)/.has-base
 	@echo "installing what '$*' needs"
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@

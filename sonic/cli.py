@@ -23,10 +23,12 @@ from torch import Tensor
 
 import sonic
 from sonic import kernels
+from sonic.bench.cli import add_bench_command
 from sonic.convert.cli import add_convert_command
 from sonic.kernels import dispatch
 from sonic.kernels.cli import add_warmup_command
 from sonic.planner.cli import add_plan_command
+from sonic.setup_mistakes import facts_of_this_machine, find_mistakes
 
 __all__ = ["ENVIRONMENT", "PACKAGES", "Package", "main"]
 
@@ -129,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan_command(commands)
     add_warmup_command(commands)
     add_convert_command(commands)
+    add_bench_command(commands)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code
@@ -155,6 +158,12 @@ def _examine() -> dict[str, Any]:
         {"name": name, "value": os.environ.get(name), "meaning": meaning, "fault": _environment_fault(name)}
         for name, meaning in ENVIRONMENT.items()
     ]
+    unusable = {
+        backend["name"]: "; ".join(dict.fromkeys(reason for entry in backend["devices"] for reason in entry["reasons"]))
+        for backend in backends
+        if not any(entry["usable"] for entry in backend["devices"])
+    }
+    mistakes = find_mistakes(facts_of_this_machine(tuple(ENVIRONMENT), unusable))
     return {
         "sonic": {"version": sonic.__version__, "path": str(Path(sonic.__file__).parent)},
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
@@ -166,9 +175,11 @@ def _examine() -> dict[str, Any]:
             for package in PACKAGES
         ],
         "environment": environment,
+        "mistakes": [dataclasses.asdict(mistake) for mistake in mistakes],
         "works": any(entry["usable"] for entry in reference["devices"])
         and all(check["right"] for check in checks)
-        and not any(variable["fault"] for variable in environment),
+        and not any(variable["fault"] for variable in environment)
+        and not any(mistake.stops for mistake in mistakes),
     }
 
 
@@ -333,6 +344,11 @@ def _text(findings: dict[str, Any]) -> str:
         value = "not set" if variable["value"] is None else f"= {variable['value']!r}"
         fault = f"; {variable['fault']}" if variable["fault"] else ""
         lines.append(f"  {variable['name']} {value}{fault}  ({variable['meaning']})")
+    if findings["mistakes"]:
+        lines += ["", "To mend"]
+    for mistake in findings["mistakes"]:
+        lines.append(f"  {mistake['what']}")
+        lines.append(f"    -> {mistake['cure']}")
     lines += ["", "sonic works here." if findings["works"] else "sonic does NOT work here: see above."]
     return "\n".join(lines)
 

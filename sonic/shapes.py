@@ -16,7 +16,7 @@ K       experts per token                                                       
 P       slots: (token, expert) pairs in the order of the caller's scores; T*K for top-K
 R       routed rows, grouped by expert: P, unless a caller brings padding rows of its own
 M       row tile of a grouped GEMM                                                              ``tile_rows``
-C       columns of the load that top-K counts: runs of tokens and a spare one, see :func:`load_columns`
+C       columns of the load that top-K counts: one per run of tokens, and a spare one
 ======  ======================================================================================  =====================
 
 A trailing 1 is "plus one": ``expert_offset_E1`` has E + 1 entries, the first is 0.

@@ -35,19 +35,31 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--long``: the tests that `make test` adds to the default ones."""
+    parser.addoption("--long", action="store_true", help="run the tests marked long as well")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs hardware that is not here; leave slow tests out unless ``-m`` or a node id names them."""
+    """Skip what needs hardware that is not here; leave slow and long tests out unless they are asked for.
+
+    ``--long`` asks for the long ones; ``-m`` with their mark, or a node id, for either.
+    """
     missing = _missing_hardware()
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    if "slow" in config.option.markexpr or any("::" in argument for argument in config.args):
+    if any("::" in argument for argument in config.args):
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    asked = {"slow": "slow" in config.option.markexpr, "long": config.option.long or "long" in config.option.markexpr}
+    left_out = [
+        item for item in items if any(item.get_closest_marker(name) and not wanted for name, wanted in asked.items())
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        kept = set(items) - set(left_out)
+        items[:] = [item for item in items if item in kept]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -197,6 +197,7 @@ def test_errors() -> None:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.long
 def test_cpu_moe_quick_writes_the_documented_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report.json"
     arguments = [
@@ -330,6 +331,7 @@ def test_memory_quick_writes_the_documented_json_and_sonic_keeps_what_it_promise
     assert ours["peak_bytes"] > 0
 
 
+@pytest.mark.long
 def test_rounding_reports_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rounding.json"
     assert rounding.main(["--quick", "--json", str(out)]) == 0

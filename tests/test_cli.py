@@ -33,6 +33,18 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _reference_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes seconds for each check, so one test asks for all backends."""
+    if "every_backend" not in request.node.name:
+        real = kernels.unusable_reasons
+        monkeypatch.setattr(
+            kernels,
+            "unusable_reasons",
+            lambda backend, *device: real(backend, *device) or ([] if backend == "reference" else ["left out"]),
+        )
+
+
 def test_doctor_ends_well_and_tells_the_versions() -> None:
     command = [sys.executable, "-m", "sonic", "doctor"]
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -97,6 +97,7 @@ def holds(one: Resources) -> None:
 # ---------------------------------------------------------------- every kernel compiles, and into what
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pair", [*HEAVIEST.items(), ("bias gradients", NARROW)], ids=name_of)
 def test_the_heaviest_kernel_of_each_form_fits(pair: tuple[str, KernelKey]) -> None:
     holds(found(*pair))

@@ -69,7 +69,7 @@ def counts(backend: str) -> dict[str, int]:
     ("dtype", "activation", "glu_layout", "bias"),
     [
         (torch.bfloat16, "swiglu", "concatenated", True),
-        (torch.float16, "swiglu", "interleaved", False),
+        pytest.param(torch.float16, "swiglu", "interleaved", False, marks=pytest.mark.long),
     ],
     ids=["bf16-concatenated-bias", "fp16-interleaved"],
 )

@@ -105,7 +105,12 @@ MORE = (
     down_bwd((128, 128, COOPERATIVE), "swiglu_oai", dtype=FP16, bias=True, **INTERLEAVED),
     contraction("down_proj_bwd_weight", 128, 64, COOPERATIVE, bias=True, adds=True),
 )
-ALL_CASES = [*map(pytest.param, CASES), *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
+# By default one of each op; simulating a kernel takes seconds.
+FIRST = {case.op: case for case in reversed(CASES)}
+ALL_CASES = [
+    *(pytest.param(case, marks=() if FIRST[case.op] is case else pytest.mark.long) for case in CASES),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in MORE),
+]
 
 
 def test_the_cases_hold_everything_once() -> None:
@@ -316,7 +321,12 @@ OF_WEIGHTS = ("main grad at any place", "bias gradient alone")
 
 @pytest.mark.parametrize(
     ("op", "check"),
-    [(op, check) for op in OUTPUTS for check in CHECKS if check not in OF_WEIGHTS or op.endswith("_bwd_weight")],
+    [
+        pytest.param(op, check, marks=() if op in ("up_proj", "up_proj_bwd_weight") else pytest.mark.long)
+        for op in OUTPUTS
+        for check in CHECKS
+        if check not in OF_WEIGHTS or op.endswith("_bwd_weight")
+    ],
 )
 def test_edges(op: str, check: str) -> None:
     """Tests of one op stand together, so that few processes compile its kernel."""

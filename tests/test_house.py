@@ -110,6 +110,7 @@ ROOMS = (
     Room("__main__.py", ("sonic.cli",)),
     Room("cli.py", ("sonic",)),
     Room("shapes.py"),
+    Room("setup_mistakes.py"),
     Room("autograd.py", ("sonic.shapes",)),
     Room("roofline.py", ("sonic.shapes",)),
     Room("kernels/__init__.py", ("sonic.kernels.dispatch", "sonic.kernels.ops", "sonic.kernels.warming")),
@@ -127,6 +128,7 @@ ROOMS = (
     Room("routing/", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops")),
     Room("functional.py", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops", "sonic.routing.plan")),
     Room("convert/", ("sonic.shapes",), ("numpy",)),
+    Room("bench/", ("sonic.shapes",)),
     Room("planner/", ("sonic.shapes", "sonic.roofline"), ("numpy",), ("matplotlib", "rich", "tomllib")),
     # `ops` and `plan`: rows that were received are planned, and those of a token are summed in float32 without atomics
     Room("parallel/", (*_PARALLEL, "sonic.kernels.ops", "sonic.routing.plan"), (), ("matplotlib", "rich")),

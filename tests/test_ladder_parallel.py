@@ -182,7 +182,15 @@ def expected_part(name: str, value: Tensor, ep: int, ep_rank: int, tp: int, tp_r
     return share(name, value, tp_rank, tp) if ".attention." in name else value
 
 
-@pytest.mark.parametrize(("axis", "ep", "tp"), [("ep", 2, 1), ("ep", 1, 2), ("ep", 2, 2), ("dp", 2, 2)])
+@pytest.mark.parametrize(
+    ("axis", "ep", "tp"),
+    [
+        ("ep", 2, 1),
+        ("ep", 1, 2),
+        pytest.param("ep", 2, 2, marks=pytest.mark.long),
+        pytest.param("dp", 2, 2, marks=pytest.mark.long),
+    ],
+)
 def test_moe_stack_equals_one_process(axis: str, ep: int, tp: int) -> None:
     for found in run_ranks(compare_moe, ep * tp, axis, ep, tp):
         assert not [(case, worst) for case, worst in found if not worst < 1e-10]

@@ -680,8 +680,18 @@ def test_compile(dtype: torch.dtype, autocast: bool) -> None:
         assert results[1][name].dtype == want.dtype and torch.equal(results[1][name], want), name
 
 
-@pytest.mark.parametrize("shape", [(D,), (2, 5, D), (2, 0, D)], ids=str)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("dynamic", "shape"),
+    [
+        (True, (2, 5, D)),
+        *(
+            pytest.param(dynamic, shape, marks=pytest.mark.long)
+            for dynamic, shape in itertools.product((False, True), ((D,), (2, 5, D), (2, 0, D)))
+            if (dynamic, shape) != (True, (2, 5, D))
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["plain", "scores on input", "sequences", "token ids"])
 def test_compile_further_calls(kind: str, dynamic: bool, shape: tuple[int, ...]) -> None:
     """One graph whatever the shape of the tokens, what the router is told beside them, and where scores multiply."""

@@ -781,6 +781,7 @@ def test_a_page_is_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 # ---------------------------------------------------------------- the page
 
 
+@pytest.mark.long
 def test_tables_of_the_page_are_what_the_commands_print() -> None:
     text = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
     assert text.count("<!-- python -m sonic plan") >= 4

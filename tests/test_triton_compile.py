@@ -176,6 +176,7 @@ def of(results: dict[str, Any], job: str) -> list[Resources]:
 # ---------------------------------------------------------------- every kernel compiles, and into what
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", [*DEFAULT_TARGETS, *ON_SM_90[1:]])
 def test_nothing_spills_and_shared_memory_suffices(results: dict[str, Any], job: str) -> None:
     found = of(results, job)
@@ -188,12 +189,14 @@ def test_nothing_spills_and_shared_memory_suffices(results: dict[str, Any], job:
         assert one.num_warps >= 1 and one.config
 
 
+@pytest.mark.long
 def test_plans_take_three_kernels_and_two_where_the_load_is_known(results: dict[str, Any]) -> None:
     for op, first in (("build_plan", []), ("build_plan from pairs", ["count_kernel"])):
         kernels = [one.kernel for one in of(results, "sm_90") if one.op == op]
         assert kernels == [*first, "place_kernel", "find_again_kernel"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", [*DEFAULT_TARGETS, *ON_SM_90[1:]])
 def test_products_are_made_by_the_matrix_instruction_of_the_chip(results: dict[str, Any], job: str) -> None:
     for one in of(results, job):
@@ -202,6 +205,7 @@ def test_products_are_made_by_the_matrix_instruction_of_the_chip(results: dict[s
         assert kind == (INSTRUCTION[one.target] if one.op in GEMMS and one.dtype != "float32" else ""), one.op
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", [*DEFAULT_TARGETS, *ON_SM_90[1:]])
 def test_operands_are_copied_asynchronously(results: dict[str, Any], job: str) -> None:
     """By whole tiles where the configuration says descriptors; other operands on NVIDIA thread by thread."""
@@ -226,6 +230,7 @@ def tables_of_page(text: str) -> dict[str, list[list[str]]]:
     return tables
 
 
+@pytest.mark.long
 def test_the_page_has_every_kernel_of_every_target(results: dict[str, Any]) -> None:
     tables = tables_of_page(PAGE.read_text(encoding="utf-8"))
     assert list(tables) == list(DEFAULT_TARGETS)
@@ -237,6 +242,7 @@ def test_the_page_has_every_kernel_of_every_target(results: dict[str, Any]) -> N
             assert row[7].partition(" x ")[0] == (one.matrix_instruction.partition(" x ")[0] or "none")
 
 
+@pytest.mark.long
 def test_the_page_tells_what_this_compiler_makes(results: dict[str, Any]) -> None:
     inside = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
     head, _, told = inside.partition("\n\n")
@@ -275,6 +281,7 @@ def num_configs(token_counts: list[int]) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", TRAINING)
 def test_a_varying_number_of_tokens_meets_few_binaries(results: dict[str, Any], op: str, record_property: Any) -> None:
     """At most one per configuration: pointers are aligned and options fixed, and R is never specialised."""
@@ -286,6 +293,7 @@ def test_a_varying_number_of_tokens_meets_few_binaries(results: dict[str, Any], 
     assert counts and max(counts.values()) <= num_configs(VARIED)[op]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", TRAINING)
 def test_one_bucket_of_rows_takes_one_binary(results: dict[str, Any], op: str) -> None:
     sizes = DEFAULT_SIZES
@@ -339,6 +347,7 @@ def test_the_rule_of_wide_addresses_finds_faults() -> None:
     assert len(narrow_addresses("%7 = tt.addptr %args.4, %at : !tt.ptr<f32>, i32 loc(#loc6)")) == 1
 
 
+@pytest.mark.long
 def test_addresses_in_large_tensors_are_64_bit(results: dict[str, Any]) -> None:
     assert LARGE.num_experts * 2 * LARGE.intermediate_size * LARGE.hidden_size > 2**31
     for op, kernel, ttir in results["large ttir"]:

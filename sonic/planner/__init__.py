@@ -1,4 +1,4 @@
-"""Step time, memory and exposed communication of a training run, from one GPU to thousands, before anything runs.
+"""Step time, memory and exposed communication of a training run, from one GPU to thousands, before anything runs::
 
     from sonic import planner
 

@@ -1,4 +1,4 @@
-"""Run compiled CuTe-DSL kernels for Hopper (sm_90a) on a CPU, on CPU tensors.
+"""Run compiled CuTe-DSL kernels for Hopper (sm_90a) on a CPU, on CPU tensors::
 
     with sonic.simulator.hopper() as sim:
         add = cute.compile(host_function, from_dlpack(a), from_dlpack(b))
