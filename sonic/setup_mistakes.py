@@ -218,7 +218,7 @@ def _unknown_variable(facts: Facts) -> Iterator[Mistake]:
 
 
 def _insisted_backend(facts: Facts) -> Iterator[Mistake]:
-    name = facts.environment.get("SONIC_BACKEND")
+    name = facts.environment.get("SONIC_BACKEND", "")
     if name in facts.unusable_backends:
         what = f"SONIC_BACKEND={name} insists on a backend that cannot be used: {facts.unusable_backends[name]}"
         yield Mistake("unusable-backend", what, "unset SONIC_BACKEND, or mend what is said", stops=True)

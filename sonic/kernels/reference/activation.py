@@ -166,7 +166,10 @@ def activate_bwd(
         else:
             act.value(h_rU, a_rN)
         if dscores_r is not None:
-            dscores_r += torch.linalg.vecdot(da_rN, a_rN)
+            if dscores_r.dtype == a_rN.dtype:
+                dscores_r += torch.linalg.vecdot(da_rN, a_rN)
+            else:
+                dscores_r += (da_rN * a_rN).sum(1, dtype=dscores_r.dtype)
         if scores_r1 is not None:
             a_rN *= scores_r1
         if dh_rU is None:

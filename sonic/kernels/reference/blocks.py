@@ -222,10 +222,11 @@ class ExpertSums:
     def add_bias(self, expert: int, rows_Ra: Tensor, scores_R1: Tensor | None = None) -> None:
         """Add the column sums of ``scores * rows`` to the bias gradient of ``expert``.
 
-        As products and a sum, which torch adds up in pairs: a matrix product's error would grow with the rows.
+        As products and a sum, which torch adds up in pairs: a matrix product's error would grow with the rows. Scores
+        may have any dtype; they are not rounded to that of the rows.
         """
         wide_Ra = rows_Ra.to(self._db_Ea.dtype)
-        self._db_Ea[expert] += (wide_Ra if scores_R1 is None else wide_Ra * scores_R1).sum(0)
+        self._db_Ea[expert] += (wide_Ra if scores_R1 is None else wide_Ra * scores_R1.to(wide_Ra.dtype)).sum(0)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The weight gradients (E, a, b) and bias gradients (E, a); experts without rows have zeros."""

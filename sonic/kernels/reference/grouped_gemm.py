@@ -158,8 +158,7 @@ def down_proj_bwd_weight(
         if need_weight:
             sums.add_weight(expert, dout_rD.t(), block.widened("a", scaled_a_RN[start:stop]))
         if need_bias:
-            scores_r1 = None if row_scores_R is None else block.column(row_scores_R, start, stop)
-            sums.add_bias(expert, dout_rD, scores_r1)
+            sums.add_bias(expert, dout_rD, None if row_scores_R is None else row_scores_R[start:stop, None])
     return sums.finish()
 
 

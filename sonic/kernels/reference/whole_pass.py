@@ -50,14 +50,14 @@ def experts(
             block.store(h_rU, h_RU, start, stop)
         a_rN = block.buffer("a", stop - start, width_n)
         activate(activation, glu_layout, h_rU, a_rN)
-        scores_r1 = None if row_scores_R is None else block.column(row_scores_R, start, stop)
-        if scores_r1 is not None and b2_ED is None:
+        scores_r1 = None if row_scores_R is None else row_scores_R[start:stop, None].to(total.factor_dtype)
+        if scores_r1 is not None and b2_ED is None and not total.scales:
             a_rN *= scores_r1  # N values a row instead of D; the products are linear in it
         y_rD = block.buffer("y", stop - start, width_d)
         block.project(a_rN, w2[expert], b2_ED, expert, y_rD)
-        if scores_r1 is not None and b2_ED is not None:
+        if scores_r1 is not None and b2_ED is not None and not total.scales:
             y_rD *= scores_r1
-        total.add(y_rD, start, stop)
+        total.add(y_rD, start, stop, scores_r1 if total.scales else None)
     return total.finish(), h_RU
 
 
@@ -115,7 +115,7 @@ def experts_bwd(
         if need_dw2:
             sums2.add_weight(expert, dout_rD.t(), a_rN)
         if need_db2:
-            sums2.add_bias(expert, dout_rD, scores_r1)
+            sums2.add_bias(expert, dout_rD, None if row_scores_R is None else row_scores_R[start:stop, None])
         if need_dw1:
             sums1.add_weight(expert, dh_rU.t(), x_rD)
         if need_db1:
@@ -128,7 +128,11 @@ def experts_bwd(
 
 
 class _TokenSums:
-    """Rows added to their tokens, in at least float32, rounded once; without a map, row r simply is output row r."""
+    """Rows added to their tokens, in at least float32, rounded once; without a map, row r simply is output row r.
+
+    ``scales``: 16-bit rows become float32 on the way to their tokens, and there their scores cost least and round
+    nothing; the scores are wanted in ``factor_dtype``.
+    """
 
     def __init__(self, like: Tensor, num_tokens: int, width: int, token_of_row_R: Tensor | None, block: Block) -> None:
         self._block = block
@@ -136,14 +140,18 @@ class _TokenSums:
         self._token_of_row_R = token_of_row_R
         sum_dtype = like.dtype if token_of_row_R is None else torch.promote_types(like.dtype, torch.float32)
         self._sum_TD = torch.zeros(num_tokens, width, dtype=sum_dtype, device=like.device)
+        self.scales = token_of_row_R is not None and sum_dtype != block.dtype
+        self.factor_dtype = sum_dtype if self.scales else block.dtype
 
-    def add(self, rows_rD: Tensor, start: int, stop: int) -> None:
-        """Add a block, the rows [start, stop)."""
+    def add(self, rows_rD: Tensor, start: int, stop: int, scores_r1: Tensor | None = None) -> None:
+        """Add a block, the rows [start, stop); times their scores, which only a sum that ``scales`` may be given."""
         if self._token_of_row_R is None:
             self._sum_TD[start:stop] = rows_rD
             return
         if rows_rD.dtype != self._sum_TD.dtype:
             rows_rD = self._block.buffer("sum", rows_rD.shape[0], rows_rD.shape[1], self._sum_TD.dtype).copy_(rows_rD)
+            if scores_r1 is not None:
+                rows_rD *= scores_r1
         self._sum_TD.index_add_(0, self._token_of_row_R[start:stop], rows_rD)
 
     def finish(self) -> Tensor:
