@@ -29,13 +29,16 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input install $(PIP
 # One thread per process: the tests' matrices are small, and the processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
+FACES := $(wildcard tests/test_huggingface*.py tests/test_megatron*.py tests/test_torchtitan*.py tests/test_fsdp*.py) \
+	tests/test_convert_transformers.py
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo ablation test test-all gpu lint coverage docs wheel smoke format bench-cpu bench-gpu doctor clean
+.PHONY: help setup demo ablation test test-all test-faces gpu lint coverage docs wheel smoke format bench-cpu bench-gpu doctor clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.has-base ## train a small MoE language model on this machine, beside a dense one
 	$(PY) -m examples.train_moe_lm --preset demo --compare dense --out report/demo --overwrite $(ARGS)
@@ -48,6 +51,9 @@ test: lint $(VENV)/.has-test ## lint, then every test that this machine can run 
 
 test-all: lint $(VENV)/.has-test ## the same, and the slow tests
 	$(PYTEST) --long -n $(WORKERS) --dist worksteal --durations=15 -m "slow or not slow" $(ARGS)
+
+test-faces: $(VENV)/.has-faces ## the tests of Hugging Face, Megatron-core and torchtitan, with those packages
+	$(PYTEST) --long -n $(WORKERS) --dist worksteal --durations=15 $(FACES) $(ARGS)
 
 gpu: $(VENV)/.has-test ## only the tests that need a GPU
 	$(PY) -m pytest -m "gpu or hopper or multigpu" $(ARGS)
@@ -123,7 +129,7 @@ $(VENV)/.has-base: pyproject.toml
 	@$(PIP) --no-build-isolation --editable '.[examples]'
 	@touch $@
 
-$(VENV)/.has-test $(VENV)/.has-lint $(VENV)/.has-coverage $(VENV)/.has-docs $(VENV)/.has-wheel: $(VENV)/.has-%: $(VENV)/.has-base
+$(VENV)/.has-test $(VENV)/.has-lint $(VENV)/.has-coverage $(VENV)/.has-faces $(VENV)/.has-docs $(VENV)/.has-wheel: $(VENV)/.has-%: $(VENV)/.has-base
 	@echo "installing what '$*' needs"
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
