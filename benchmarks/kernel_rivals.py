@@ -54,6 +54,8 @@ __all__ = [
     "dense",
     "dense_batched",
     "grouped_mm_function",
+    "imported",
+    "layer_contender",
     "why_not_importable",
     "make_inputs",
     "make_routing",
@@ -386,8 +388,8 @@ def scattermoe(op: str, inputs: Inputs) -> Contender:
     Raises:
         Unavailable: not installed, another interface, no such kernel, or sizes beyond its 32-bit offsets.
     """
-    package = _imported("scattermoe")
-    kernels = _imported("scattermoe.kernels.ops")
+    package = imported("scattermoe")
+    kernels = imported("scattermoe.kernels.ops")
     if op in ("combine", "topk_softmax", "build_plan"):
         raise Unavailable("has no kernel of its own for this op; it calls torch, as the contender torch does")
     _demand(kernels.scatter2scatter, "X W sorted_expert_idxs sorted_scattered_idxs k x_grouped y_grouped".split())
@@ -453,7 +455,7 @@ def quack(op: str, inputs: Inputs, tuned: bool = False) -> Contender:
     Raises:
         Unavailable: not installed, another interface, no such kernel, or sizes that its documentation excludes.
     """
-    module = _imported("quack.topk" if op == "topk_softmax" else "quack.gemm_interface")
+    module = imported("quack.topk" if op == "topk_softmax" else "quack.gemm_interface")
     if op in ("combine", "build_plan"):
         raise Unavailable("has no such kernel")
     if op.startswith("experts"):
@@ -574,7 +576,7 @@ def why_not_importable(name: str) -> str | None:
     """Say why the library of a rival cannot be imported, or return None if it can."""
     modules = {"scattermoe": "scattermoe.kernels.ops", "quack": "quack.gemm_interface"}
     try:
-        _imported(modules.get(name, "torch"))
+        imported(modules.get(name, "torch"))
     except Unavailable as error:
         return str(error)
     return None
@@ -597,6 +599,25 @@ def size_of(name: str, shape: Shape) -> tuple[int, ...]:
     letters = {"T": shape.T, "D": shape.D, "N": shape.N, "U": 2 * shape.N, "E": shape.E, "K": shape.K}
     letters |= {"R": shape.T * shape.K, "e": shape.E + 1, "t": shape.T + 1}
     return tuple(letters[letter] for letter in _DIMS[name])
+
+
+def layer_contender(
+    op: str,
+    inputs: Inputs,
+    forward: Callable[[], Tensor],
+    kind: str = "rival",
+    leaves: tuple[Tensor, ...] | None = None,
+) -> Contender:
+    """A contender for ``experts`` or ``experts_fwd_bwd`` from its forward pass.
+
+    Args:
+        op: which of the two.
+        inputs: from :func:`make_inputs`.
+        forward: from the operands to the output (T, D).
+        kind: as in :class:`Contender`.
+        leaves: what receives gradients; None: X, W1, W2 and the scores of ``inputs``.
+    """
+    return Contender(kind, _whole(op, inputs, forward, leaves), _names(op))
 
 
 def _names(op: str) -> Callable[[Sequence[Tensor]], dict[str, Tensor]]:
@@ -671,7 +692,12 @@ def _concatenated(value_RU: Tensor) -> Tensor:
     return torch.cat((value_RU[:, 0::2], value_RU[:, 1::2]), dim=1)
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
+    """A module of a library.
+
+    Raises:
+        Unavailable: it cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -6,9 +6,7 @@ for the whole experts forward and forward + backward, sonic's backends are measu
 
 Before anything is timed, each result is checked against the definition in float64 (float32 above 10 TFLOP), expert by
 expert, on random inputs of unit scale: norm of the error over that of the result, and the worst row. What is wrong is
-reported as wrong and not timed. What cannot run is listed with the reason: a library that is not installed, a shape or
-dtype that it excludes, memory.
-
+x
 On a GPU the time is that between two CUDA events, with L2 flushed before each call; on a CPU wall time. Contenders take
 turns; given are the median, the quartiles and, as the median of the ratio within each round, how many times faster
 than each other contender a backend is. FLOP and bytes are those of :mod:`sonic.roofline`, with gathered rows counted
@@ -16,8 +14,10 @@ once per row: a kernel that finds tokens in its L2 can pass both the bytes/s of 
 op is the larger of FLOP over FLOP/s and bytes over bytes/s; that of the experts the sum over their ops.
 
 Results are written after each op, so a run that was stopped keeps what it measured, and the same command goes on where
-it stopped: what the file holds already is not measured again without ``--overwrite``. A contender that crashes the
-process can be left out with ``--rivals`` or ``--backends``.
+it stopped: what the file holds already is not measured again without ``--overwrite``. Where a contender took the
+process with it, or left the GPU unusable (exit code 3), the same command goes on, tries a killed one once more, and
+lists it as failed if that is how it ends again.
+With ``--seconds`` no further op is begun after so long; what is left out is in the file as ``"left_out"``.
 
 The JSON file holds::
 
@@ -52,6 +52,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,18 @@ from benchmarks.kernel_rivals import Contender, Inputs, Routing, Unavailable
 from benchmarks.report import Section
 from sonic import roofline
 
-__all__ = ["DTYPES", "OPS", "QUICK_SHAPES", "SHAPES", "bound_of", "chip_of", "cost_of", "main", "measure_cell"]
+__all__ = [
+    "DTYPES",
+    "OPS",
+    "QUICK_SHAPES",
+    "SHAPES",
+    "Unusable",
+    "bound_of",
+    "chip_of",
+    "cost_of",
+    "main",
+    "measure_cell",
+]
 
 OPS = tuple(kernel_rivals.OPERANDS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,10 +97,15 @@ TOLERANCE = {"bf16": (2e-2, 1e-1), "fp16": (5e-3, 3e-2), "fp32": (1e-5, 1e-4)}
 # Always in float32; some libraries sort keys whose last bits hold the index.
 TOPK_TOLERANCE = (1e-4, 1e-3)
 LOW = 0.6
+TIMING = "timing"
 SEED = 0
 _FLOAT64_FLOPS = 1e13
 _TOKENS_PER_BLOCK = 4096
 _PARTS = ("PCIE", "NVL", "40GB")
+
+
+class Unusable(Exception):
+    """A contender failed, and since then nothing runs on the GPU; a new process can."""
 
 
 def cost_of(op: str, layer: roofline.Layer) -> roofline.Cost:
@@ -128,6 +145,7 @@ def measure_cell(
     chip: str | None = None,
     skew: float = 0.0,
     rounds: int | None = None,
+    begins: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Check, then time all contenders on one op and shape, and return a cell as in the JSON (without its command).
 
@@ -142,6 +160,11 @@ def measure_cell(
         chip: a name in ``sonic.roofline.CHIPS`` to hold the times against; None: no bound.
         skew: as given to the routing; only noted.
         rounds: timed rounds; None: 25 on a GPU, as many as fit in ten seconds on a CPU.
+        begins: called with the name of each contender before it runs for the first time, and with ``TIMING`` before
+            they are timed.
+
+    Raises:
+        Unusable: a contender left the GPU in a state in which nothing can run.
     """
     dtype = DTYPES[dtype_name]
     layer = roofline.Layer(shape.T, shape.D, shape.N, shape.E, shape.K, dtype=dtype, tokens_per_expert=routing.counts)
@@ -179,6 +202,7 @@ def measure_cell(
     inputs = kernel_rivals.make_inputs(op, shape, dtype, device, routing, SEED)
     calls: dict[str, Callable[[], Any]] = {}
     for contender_name, build in contenders.items():
+        begins(contender_name)
         contender: Contender | None = None
         result: Any = None
         why: str | None = None
@@ -193,6 +217,10 @@ def measure_cell(
             why = str(error)  # an ImportError: kernels that are imported when they are first called
         except torch.OutOfMemoryError:
             why = "out of memory"
+        except Exception as error:  # whatever foreign code raises: the others are measured all the same
+            why = report.failure(error)
+            traceback.print_exc()
+            _demand_sound(device, contender_name)
         if contender is None or why is not None:
             contender = result = None
             _release(device)
@@ -206,21 +234,33 @@ def measure_cell(
         if entry["wrong"] is None:
             calls[contender_name] = contender.call
     if calls:
+        begins(TIMING)
         _time(cell, calls, device, rounds)
     return cell
 
 
-def main(argv: Sequence[str] | None = None, name: str = "kernels") -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    name: str = "kernels",
+    *,
+    rivals: Mapping[str, Callable[..., Contender]] | None = None,
+    backend: Callable[[str, Inputs, str, bool], Contender] = kernel_rivals.sonic_backend,
+    why_not: Callable[[str], str | None] = kernel_rivals.why_not_importable,
+) -> int:
     """Run the benchmark from the command line.
 
     Args:
         argv: of the command line; None: those of the process.
         name: of the benchmark, in its report and in the names of its files.
+        rivals: builders by name; None: those of :mod:`benchmarks.kernel_rivals`.
+        backend: builds the contender of one of sonic's backends.
+        why_not: says of a rival's name why it cannot be imported here, or None.
 
     Returns:
-        0, or 1 if a contender computes something wrong.
+        0; 1 if a contender computes something wrong or fails; 3 if one left the GPU unusable: run it again.
     """
-    parser = _parser(name)
+    rivals = kernel_rivals.RIVALS if rivals is None else rivals
+    parser = _parser(name, rivals)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.chip is not None and device.type == "cpu":
@@ -228,8 +268,15 @@ def main(argv: Sequence[str] | None = None, name: str = "kernels") -> int:
     shapes = dict(arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES))
     rounds = arguments.repeats or (3 if arguments.quick else None)
     backends = arguments.backends or (("reference",) if device.type == "cpu" else ("triton", "cute"))
-    contenders = _contenders(arguments, backends)
-    missing = {name: why for name in arguments.rivals if (why := kernel_rivals.why_not_importable(name)) is not None}
+    contenders = _contenders(arguments, backends, rivals, backend)
+    missing = {name: why for name in arguments.rivals if (why := why_not(name)) is not None}
+    ops = arguments.ops or OPS
+    if arguments.dry_run:
+        print(f"would measure {', '.join(ops)} at {', '.join(shapes)} in {arguments.dtype}; importable here:")
+        print(", ".join(contender for contender in contenders if contender not in missing))
+        for rival, why in missing.items():
+            print(f"not importable: {rival}: {why}")
+        return 0
 
     found = report.new_report(name, sys.argv[1:] if argv is None else argv, missing)
     found |= {"seed": SEED, "device": _device_report(device, arguments.chip)}
@@ -241,26 +288,45 @@ def main(argv: Sequence[str] | None = None, name: str = "kernels") -> int:
     if out is not None and out.exists() and not arguments.overwrite:
         found["cells"] = _earlier_cells(parser, out, found)
     cells = found["cells"]
-    for shape_name, shape in shapes.items():
-        routing: Routing | None = None
-        for op in arguments.ops or OPS:
-            place = _place(cells, shape, op, arguments)
-            if place is not None and contenders.keys() <= {*cells[place]["contenders"], *cells[place]["missing"]}:
-                print(f"{op}, {shape_name}: already in {out}; --overwrite measures it again")
-                continue
-            if routing is None:
-                routing = kernel_rivals.make_routing(shape, device, arguments.skew, SEED)
-            options = {"device": device, "chip": found["device"]["chip"], "skew": arguments.skew, "rounds": rounds}
-            cell = measure_cell(shape_name, shape, op, arguments.dtype, routing, contenders, **options)
-            cell["command"] = found["command"]
-            if place is None:
-                cells.append(cell)
-            else:
-                cells[place] = cell
-            _release(device)
-            print("\n" + _section(cell, missing).text(), flush=True)
-            if out is not None:
-                _write(found, out)
+    began = time.monotonic()
+    left_out: list[str] = []
+    with _Running(out) as running:
+        for shape_name, shape in shapes.items():
+            routing: Routing | None = None
+            for op in ops:
+                place = _place(cells, shape, op, arguments)
+                if place is not None and contenders.keys() <= {*cells[place]["contenders"], *cells[place]["missing"]}:
+                    print(f"{op}, {shape_name}: already in {out}; --overwrite measures it again")
+                    continue
+                if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
+                    left_out.append(f"{op}, {shape_name}")
+                    continue
+                if routing is None:
+                    routing = kernel_rivals.make_routing(shape, device, arguments.skew, SEED)
+                options = {"device": device, "chip": found["device"]["chip"], "skew": arguments.skew, "rounds": rounds}
+                key = [op, str(shape), arguments.dtype, str(arguments.skew)]
+                able, options["begins"] = running.able(key, contenders), functools.partial(running.begins, key)
+                try:
+                    cell = measure_cell(shape_name, shape, op, arguments.dtype, routing, able, **options)
+                except Unusable as error:
+                    running.leave()
+                    print(f"{error}; run the same command again to go on without it", file=sys.stderr)
+                    return 3
+                running.ends()
+                cell["command"] = found["command"]
+                if place is None:
+                    cells.append(cell)
+                else:
+                    cells[place] = cell
+                _release(device)
+                print("\n" + _section(cell, missing).text(), flush=True)
+                if out is not None:
+                    _write(found, out)
+    if left_out:
+        print(f"left out after {arguments.seconds:g} s: {'; '.join(left_out)}")
+        found["left_out"] = left_out
+        if out is not None:
+            _write(found, out)
     if out is not None and out.exists():
         print(f"wrote {out} and {out.with_suffix('.md')}")
     wrong = [
@@ -271,13 +337,100 @@ def main(argv: Sequence[str] | None = None, name: str = "kernels") -> int:
     ]
     for what in wrong:
         print(f"WRONG RESULT: {what}")
-    return 1 if wrong else 0
+    failed = [
+        f"{name} in {_title(cell)}: {why}"
+        for cell in cells
+        for name, why in cell["missing"].items()
+        if why.startswith(report.FAILED)
+    ]
+    for what in failed:
+        print(what)
+    return 1 if wrong or failed else 0
+
+
+_DEATHS = 2
+
+
+class _Running:
+    """Knows of every cell which contenders took an earlier process with them: a file beside the results says who runs.
+
+    The file stays only where the process was killed, or left on purpose, while a contender ran. Whoever runs when a
+    process is killed may be innocent, so a contender is tried again once. Who is to blame is left out of all further
+    cells, until a run comes to its end.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.path = None if out is None else out.with_name(f".{out.name}.running")
+        self.dead: dict[str, dict[str, int]] = {}  # cell -> contender -> how often
+        self.now: tuple[str, str] | None = None
+        self.stays = False
+
+    def __enter__(self) -> _Running:
+        if self.path is not None and self.path.exists():
+            held = json.loads(self.path.read_text())
+            self.dead = held["dead"]
+            if held["now"] is not None:
+                cell, name = held["now"]
+                deaths = self.dead.setdefault(cell, {})
+                deaths[name] = deaths.get(name, 0) + (_DEATHS if held["is_sure"] else 1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *why: object) -> None:
+        self.now = self.now if self.stays else None
+        if kind is None and not self.stays:
+            self.dead = {}
+        self._write()
+
+    def able(self, key: Sequence[str], contenders: Mapping[str, Any]) -> dict[str, Any]:
+        """The contenders; in place of each that is to blame, or of all if it was timing here, one that says so."""
+        blamed = {name for cell in self.dead.values() for name, deaths in cell.items() if deaths >= _DEATHS} - {TIMING}
+        if self.dead.get(" ".join(key), {}).get(TIMING, 0) >= _DEATHS:
+            blamed |= contenders.keys()
+        return {name: _died if name in blamed else build for name, build in contenders.items()}
+
+    def begins(self, key: Sequence[str], name: str) -> None:
+        """A contender is about to run."""
+        self.now = (" ".join(key), name)
+        self._write()
+
+    def ends(self) -> None:
+        """A cell is done."""
+        self.now = None
+        self._write()
+
+    def leave(self) -> None:
+        """Keep the name of who runs."""
+        self.stays = True
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        if self.now is None and not self.dead:
+            self.path.unlink(missing_ok=True)
+        else:
+            report.replace_file(self.path, json.dumps({"now": self.now, "is_sure": self.stays, "dead": self.dead}))
+
+
+def _died(op: str, inputs: Inputs) -> Contender:
+    raise ChildProcessError("an earlier process died, or was killed, while it ran")
+
+
+def _demand_sound(device: torch.device, name: str) -> None:
+    """Raise where a failure has left the GPU unusable for this process."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise Unusable(f"{name} left the GPU unusable: {error}") from error
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def _parser(name: str) -> argparse.ArgumentParser:
+def _parser(name: str, rivals: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    rivals = kernel_rivals.RIVALS if rivals is None else rivals
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--shapes",
@@ -298,10 +451,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rivals",
         nargs="*",
-        choices=list(kernel_rivals.RIVALS),
-        default=list(kernel_rivals.RIVALS),
+        choices=list(rivals),
+        default=list(rivals),
         metavar="RIVAL",
-        help=f"of {', '.join(kernel_rivals.RIVALS)}; default: all",
+        help=f"of {', '.join(rivals)}; default: all",
     )
     parser.add_argument("--tune", action="store_true", help="let QuACK search its configurations; minutes per shape")
     parser.add_argument("--skew", type=_sigma, default=0.0, help="sigma of the experts' log-normal popularity")
@@ -318,6 +471,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="do not go on with the file of an earlier run")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, three rounds: only to see that it runs")
+    parser.add_argument("--seconds", type=_sigma, metavar="S", help="begin no further op after so long; default: all")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured, and measure nothing")
     return parser
 
 
@@ -356,13 +511,16 @@ def _json_path(text: str) -> Path:
 
 
 def _contenders(
-    arguments: argparse.Namespace, backends: Sequence[str]
+    arguments: argparse.Namespace,
+    backends: Sequence[str],
+    rivals: Mapping[str, Callable[..., Contender]],
+    sonic_backend: Callable[[str, Inputs, str, bool], Contender],
 ) -> dict[str, Callable[[str, Inputs], Contender]]:
     """Builders of all contenders that were asked for, present or not, by name."""
 
     def backend(name: str) -> Callable[[str, Inputs], Contender]:
         insist = arguments.backends is not None
-        return lambda op, inputs: kernel_rivals.sonic_backend(op, inputs, name, insist)
+        return lambda op, inputs: sonic_backend(op, inputs, name, insist)
 
     # Backends that were not asked for, and cannot serve here, are listed with their reasons.
     all_names = sonic.kernels.backends() if arguments.backends is None else backends
@@ -373,7 +531,7 @@ def _contenders(
         if name == "quack" and arguments.tune:
             contenders["quack tuned"] = functools.partial(kernel_rivals.quack, tuned=True)
         else:
-            contenders[name] = kernel_rivals.RIVALS[name]
+            contenders[name] = rivals[name]
     return contenders | kernel_rivals.YARDSTICKS
 
 
@@ -772,7 +930,11 @@ def _section(cell: Mapping[str, Any], missing: Iterable[str]) -> Section:
         for name, entry in cell["contenders"].items()
         if entry["wrong"] is not None
     ]
-    notes += [f"not measured: {name}: {why}" for name, why in cell["missing"].items() if name not in missing]
+    notes += [
+        f"not measured: {name}: {why}"
+        for name, why in cell["missing"].items()
+        if name not in missing or why.startswith(report.FAILED)
+    ]
     return Section(_title(cell), [*head, "worst error"], rows, notes)
 
 

@@ -31,7 +31,9 @@ __all__ = [
     "SavedTensor",
     "Spread",
     "allocations",
+    "allocations_on_gpu",
     "cpu_name",
+    "gpu_line",
     "interleaved",
     "interleaved_on_gpu",
     "machine_line",
@@ -353,6 +355,25 @@ def _silent_stderr() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
+def allocations_on_gpu(fn: Callable[[], Any], device: torch.device) -> Allocations:
+    """The same of torch's allocator on a GPU, which hands memory out in units of 512 bytes.
+
+    Args:
+        fn: what to run; its result is alive when ``held`` is taken. Run it once before, so that libraries have their
+            workspaces: these would count.
+        device: the GPU.
+    """
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = fn()
+    torch.cuda.synchronize(device)
+    seen = Allocations(torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before)
+    del result
+    return seen
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Norm of the difference over that of the reference, in float64; 0 if both are zero, NaN if ``value`` has one."""
     value, reference = value.detach().double(), reference.detach().double()
@@ -371,6 +392,12 @@ def worst_row_error(value: Tensor, reference: Tensor) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ machine
+
+
+def gpu_line(device: torch.device) -> str:
+    """One line on a GPU: name, architecture, memory."""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def cpu_name() -> str:

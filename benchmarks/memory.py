@@ -14,6 +14,9 @@ output: it confirms "saved" by another way (it has no X and no scores, which wer
 of autograd's sight it has). "peak" is the highest moment of forward + backward above what was there before, without the
 gradients of the weights, which all contenders return alike.
 
+``--device cuda`` measures the same on a GPU, "held" and "peak" by the statistics of torch's allocator there; the report
+then has the ``"device"`` too.
+
 ``--json`` writes::
 
     {"benchmark": "memory", "command": str, "machine": {...}, "missing": {rival: why},
@@ -40,7 +43,7 @@ from torch import Tensor
 
 from benchmarks import measure, rivals
 from benchmarks.cpu_moe import DTYPES, Problem, Shape, make_problem, sonic_moe
-from benchmarks.report import Section, new_report, target, write_files
+from benchmarks.report import FAILED, Section, failure, new_report, target, write_files
 
 __all__ = ["SHAPES", "formula_bytes", "main", "measure_cell"]
 
@@ -77,7 +80,12 @@ def finer(shape: Shape, factor: int) -> Shape:
 
 
 def measure_cell(
-    shape: Shape, dtype_name: str, contenders: Mapping[str, rivals.Rival], *, thorough: bool = True
+    shape: Shape,
+    dtype_name: str,
+    contenders: Mapping[str, rivals.Rival],
+    *,
+    thorough: bool = True,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Count the bytes of all contenders on one shape; return a cell as in the JSON, without its targets.
 
@@ -86,23 +94,25 @@ def measure_cell(
         dtype_name: a key of ``DTYPES``.
         contenders: by name; ``"sonic"`` is set against all others.
         thorough: also run forward and backward under the profiler, for ``held_bytes`` and ``peak_bytes``.
+        device: where; None: the CPU.
+
+    A rival that raises is in ``missing`` with its error, and the others are measured.
     """
+    device = device or torch.device("cpu")
     dtype = DTYPES[dtype_name]
     refused = {name: why for name in contenders if (why := rivals.refusal(name, shape.D, shape.N, dtype)) is not None}
     contenders = {name: fn for name, fn in contenders.items() if name not in refused}
-    problem = make_problem(shape, dtype)
+    problem = _on_device(make_problem(shape, dtype), device)
     report: dict[str, Any] = {}
     out_bytes = shape.T * shape.D * dtype.itemsize
     for name, fn in contenders.items():
-        forward = _forward(fn, problem)
-        saved = measure.saved_bytes(forward, exclude=(problem.w1_EUD, problem.w2_EDN))
-        report[name] = {
-            "saved_bytes": saved.total,
-            "tensors": [dataclasses.asdict(tensor) for tensor in saved.tensors],
-            "held_bytes": measure.allocations(forward).held - out_bytes if thorough else None,
-            "peak_bytes": _peak(forward, problem) if thorough and name not in _NO_PEAK else None,
-        }
-    peers = [name for name in contenders if name != "sonic"]
+        try:
+            report[name] = _bytes_of(name, fn, problem, out_bytes, thorough, device)
+        except Exception as error:  # whatever foreign code raises; sonic's own faults stop the run
+            if name == "sonic":
+                raise
+            refused[name] = failure(error)
+    peers = [name for name in report if name != "sonic"]
     best = min(peers, key=lambda name: report[name]["saved_bytes"]) if peers else None
     return {
         "shape": dataclasses.asdict(shape),
@@ -123,20 +133,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
     contenders: dict[str, rivals.Rival] = {"sonic": sonic_moe, **rivals.RIVALS}
     missing = {}
     why = rivals.hf_grouped_mm_missing()
     if why is not None:
         missing["hf_grouped_mm"] = why
         del contenders["hf_grouped_mm"]
+    shapes = arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES)
+    if arguments.dry_run:
+        print(f"would measure {', '.join(contenders)} at {' '.join(map(str, shapes))} on {device}")
+        return 0
     report = new_report("memory", sys.argv[1:] if argv is None else argv, missing)
+    if device.type == "cuda":
+        report["device"] = measure.gpu_line(device)
     sections = []
-    for shape in arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES):
+    for shape in shapes:
         first: int | None = None
         for factor in (1, 2, 4):
             # The rivals' bytes at finer experts only grow: what takes long is shown once.
             thorough = factor == 1 and not arguments.no_peak
-            cell = measure_cell(finer(shape, factor), arguments.dtype, contenders, thorough=thorough)
+            cell = measure_cell(finer(shape, factor), arguments.dtype, contenders, thorough=thorough, device=device)
             ours = cell["x_and_h_bytes"]
             first = ours if first is None else first
             cell["change_from_first"] = ours / first - 1
@@ -146,6 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n" + sections[-1].text(), flush=True)
     preface = "saved: kept by autograd, with the tokens, without the weights; held: the same as the allocator sees it."
     write_files(report, "Bytes kept for backward", preface, sections, json_path=arguments.json, save=arguments.save)
+    broken = [
+        f"{name} at {_title(cell)}: {why}"
+        for cell in report["cells"]
+        for name, why in cell["missing"].items()
+        if why.startswith(FAILED)
+    ]
+    for what in broken:
+        print(what)
     missed = [
         f"{name} at {_title(cell)}"
         for cell in report["cells"]
@@ -155,18 +180,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missed and not arguments.quick:  # a tiny layer is to a good part integers
         print("missed: " + "; ".join(missed))
         return 1
-    return 0
+    return 1 if broken else 0
+
+
+def _on_device(problem: Problem, device: torch.device) -> Problem:
+    """The same values there, as leaves."""
+    if device.type == "cpu":
+        return problem
+    leaves = [leaf.detach().to(device).requires_grad_() for leaf in problem.leaves().values()]
+    x_TD, w1_EUD, w2_EDN, scores_TK = leaves
+    return Problem(x_TD, w1_EUD, w2_EDN, scores_TK, problem.expert_TK.to(device), problem.dout_TD.to(device))
+
+
+def _bytes_of(
+    name: str, fn: rivals.Rival, problem: Problem, out_bytes: int, thorough: bool, device: torch.device
+) -> dict[str, Any]:
+    """The entry of one contender."""
+
+    def allocations(call: Callable[[], Any]) -> measure.Allocations:
+        return measure.allocations(call) if device.type == "cpu" else measure.allocations_on_gpu(call, device)
+
+    forward = _forward(fn, problem)
+    saved = measure.saved_bytes(forward, exclude=(problem.w1_EUD, problem.w2_EDN))
+    has_peak = thorough and name not in _NO_PEAK
+    if has_peak and device.type != "cpu":
+        _peak(forward, problem, allocations)  # what libraries keep from their first call on counts for nobody
+    return {
+        "saved_bytes": saved.total,
+        "tensors": [dataclasses.asdict(tensor) for tensor in saved.tensors],
+        "held_bytes": allocations(forward).held - out_bytes if thorough else None,
+        "peak_bytes": _peak(forward, problem, allocations) if has_peak else None,
+    }
 
 
 def _forward(fn: rivals.Rival, problem: Problem) -> Callable[[], Tensor]:
     return lambda: fn(problem.x_TD, problem.w1_EUD, problem.w2_EDN, problem.scores_TK, problem.expert_TK)
 
 
-def _peak(forward: Callable[[], Tensor], problem: Problem) -> int:
+def _peak(
+    forward: Callable[[], Tensor], problem: Problem, allocations: Callable[[Callable[[], Any]], measure.Allocations]
+) -> int:
     """Peak bytes of a step above its start, without the weight gradients; warmed up by the forward passes before."""
     for leaf in problem.leaves().values():
         leaf.grad = None
-    peak = measure.allocations(lambda: forward().backward(problem.dout_TD)).peak
+    peak = allocations(lambda: forward().backward(problem.dout_TD)).peak
     for leaf in problem.leaves().values():
         leaf.grad = None
     return peak - sum(weight.numel() * weight.element_size() for weight in (problem.w1_EUD, problem.w2_EDN))
@@ -195,12 +252,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--threads", type=int, help="threads of torch; default: as torch chooses")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--no-peak", action="store_true", help="only what is saved: neither held nor peak bytes")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
     parser.add_argument(
         "--save", action="store_true", help="write the report as JSON and Markdown to benchmarks/results/"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny layer: only to see that it runs")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured, and measure nothing")
     return parser
 
 

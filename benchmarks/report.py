@@ -12,9 +12,11 @@ from typing import Any
 
 from benchmarks import measure
 
-__all__ = ["RESULTS", "Section", "new_report", "page", "replace_file", "target", "write_files"]
+__all__ = ["FAILED", "RESULTS", "Section", "failure", "new_report", "page", "replace_file", "target", "write_files"]
 
 RESULTS = Path(__file__).parent / "results"
+FAILED = "failed: "
+"""How the reason begins why a contender is missing that raised something else than a refusal."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ def new_report(benchmark: str, arguments: Iterable[str], missing: Mapping[str, s
     for name, why in missing.items():
         print(f"not measured: {name}: {why}")
     return report
+
+
+def failure(error: BaseException) -> str:
+    """The reason why a contender is missing that raised ``error``, in one line; begins with :data:`FAILED`."""
+    return f"{FAILED}{type(error).__name__}: " + " ".join(str(error).split())[:300]
 
 
 def target(value: float, limit: float, passed: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ and has one signature, ``rival(x_TD, w1_EUD, w2_EDN, scores_TK, expert_TK) -> ou
 All are ordinary autograd code, differentiable to x, w1, w2 and scores. All sort inside the call: routing changes at
 every step. Of equivalent forms the one that was fastest on a CPU is kept, and among equally fast ones the one that
 saves less for backward (``F.embedding_bag`` to gather and sum beats ``index_add``, above all in backward): beating a
-straw man proves nothing.
+straw man proves nothing. On a GPU they sum with ``index_add``, whose backward only gathers there.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def grouped_mm(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, 
     score_R1 = scores_TK.reshape(-1, 1).index_select(0, order.slot_R).to(x_TD.dtype)
     a_RN = F.silu(gate_RN) * up_RN * score_R1
     y_RD = F.grouped_mm(a_RN, w2_EDN.transpose(-2, -1), offs=offset_E)
-    return F.embedding_bag(order.row_TK, y_RD, mode="sum")
+    return _sum_per_token(y_RD, order)
 
 
 def sorted_mm(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, expert_TK: Tensor) -> Tensor:
@@ -85,24 +85,27 @@ def sorted_mm(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, e
     for rows_MD, score_M1, w1_UD, w2_DN in zip(rows, scores, w1_EUD.unbind(0), w2_EDN.unbind(0), strict=True):
         gate_MN, up_MN = (rows_MD @ w1_UD.t()).chunk(2, dim=-1)
         y_parts.append((F.silu(gate_MN) * up_MN * score_M1) @ w2_DN.t())
-    return F.embedding_bag(order.row_TK, torch.cat(y_parts), mode="sum")
+    return _sum_per_token(torch.cat(y_parts), order)
 
 
 def bmm_pad(x_TD: Tensor, w1_EUD: Tensor, w2_EDN: Tensor, scores_TK: Tensor, expert_TK: Tensor) -> Tensor:
     """Pad every expert to the rows of the busiest one and use ``torch.bmm``; drops no token, computes the padding."""
-    (T, D), E = x_TD.shape, w1_EUD.shape[0]
+    (T, D), E, device = x_TD.shape, w1_EUD.shape[0], x_TD.device
     order = _sort_by_expert(expert_TK, E)
     capacity = int(order.count_E.max()) if T else 0
     start_E = order.count_E.cumsum(0) - order.count_E
     # Place of each sorted row in the padded (E, capacity) grid; the padding reads token 0 and no one reads its result.
-    place_R = torch.arange(order.token_R.numel()) + torch.arange(E).mul_(capacity).sub_(start_E).repeat_interleave(
-        order.count_E
-    )
-    token_of_place = torch.zeros(E * capacity, dtype=torch.int64).index_copy_(0, place_R, order.token_R)
+    shift_E = torch.arange(E, device=device).mul_(capacity).sub_(start_E)
+    place_R = torch.arange(order.token_R.numel(), device=device) + shift_E.repeat_interleave(order.count_E)
+    token_of_place = torch.zeros(E * capacity, dtype=torch.int64, device=device)
+    token_of_place.index_copy_(0, place_R, order.token_R)
     x_ECD = x_TD.index_select(0, token_of_place).view(E, capacity, D)
     gate_ECN, up_ECN = torch.bmm(x_ECD, w1_EUD.transpose(1, 2)).chunk(2, dim=-1)
     y_ECD = torch.bmm(F.silu(gate_ECN) * up_ECN, w2_EDN.transpose(1, 2))
     y_PD, place_TK = y_ECD.view(E * capacity, D), place_R[order.row_TK]
+    if device.type != "cpu":  # see _sum_per_token
+        score_R1 = scores_TK.reshape(-1, 1).index_select(0, order.slot_R).to(y_PD.dtype)
+        return torch.zeros_like(x_TD).index_add(0, order.token_R, y_PD.index_select(0, place_R) * score_R1)
     return F.embedding_bag(place_TK, y_PD, mode="sum", per_sample_weights=scores_TK.to(y_PD.dtype))
 
 
@@ -194,6 +197,15 @@ def _expert_loop(
     return out_TD
 
 
+def _sum_per_token(y_RD: Tensor, order: SimpleNamespace) -> Tensor:
+    """Sum of each token's K rows, in the way that is faster on the device."""
+    if y_RD.device.type == "cpu":
+        return F.embedding_bag(order.row_TK, y_RD, mode="sum")
+    # On a GPU the backward of embedding_bag sorts its indices; that of index_add only gathers.
+    out_TD = y_RD.new_zeros(order.row_TK.shape[0], y_RD.shape[1])
+    return out_TD.index_add(0, order.token_R, y_RD)
+
+
 def _sort_by_expert(expert_TK: Tensor, num_experts: int) -> SimpleNamespace:
     """Rows in the order of the experts, all int64: ``slot_R`` and ``token_R`` of each row, ``row_TK`` of each slot, and
     ``count_E`` rows per expert.
@@ -201,7 +213,7 @@ def _sort_by_expert(expert_TK: Tensor, num_experts: int) -> SimpleNamespace:
     expert_P = expert_TK.reshape(-1)
     slot_R = expert_P.sort(stable=True).indices
     row_P = torch.empty_like(slot_R)
-    row_P[slot_R] = torch.arange(slot_R.numel())
+    row_P[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
     count_E = torch.bincount(expert_P, minlength=num_experts)
     return SimpleNamespace(
         slot_R=slot_R, token_R=slot_R // expert_TK.shape[1], row_TK=row_P.view_as(expert_TK), count_E=count_E
