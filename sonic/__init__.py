@@ -19,7 +19,7 @@ __all__ = ["ACTIVATIONS", "MoE", "RoutingPlan", "expert_mlp", "kernels", "layers
 __version__ = "0.1.0"
 
 # Faces of other libraries and rooms of their own, each a module that is read when its name is first used.
-_LAZILY = ("huggingface", "parallel", "simulator")
+_LAZILY = ("compat", "fsdp", "huggingface", "megatron", "parallel", "simulator", "torchtitan")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,17 +1,20 @@
 """Checkpoints that exist whole or not at all, and the metrics log that goes with them.
 
 A checkpoint is written under a temporary name in the same folder, forced to disk, and renamed. A rename within a folder
-is atomic: a process that is killed at any moment leaves the earlier checkpoints as they were. The file is a zip archive
-with a checksum for each tensor, and is verified before it is trusted: one that a full disk or a bad copy has damaged is
-passed over for the one before it.
+is atomic: a process that is killed at any moment leaves the earlier checkpoints as they were. The file is what
+``torch.save`` writes, with a digest of it all at its end, which ``torch.load`` does not mind; it is verified before the
+file is trusted: one that a full disk or a bad copy has damaged is passed over for the one before it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +25,17 @@ from examples.lm.errors import JobError
 
 KEEP = 2  # checkpoints per run: the newest, and the one to fall back on
 
+_MARK = b"sha256:"  # then the digest of all that is before this mark: the end of a checkpoint
+_END_BYTES = len(_MARK) + hashlib.sha256().digest_size
+_CHUNK_BYTES = 1 << 20
+# What zipfile raises of an archive with a damaged index; it has no one name for that.
+_NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError)
+
 
 def save_checkpoint(folder: Path, step: int, config: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest ``KEEP``.
+    """Write a checkpoint atomically, then remove all but the newest ``KEEP`` up to this step.
+
+    Those of later steps are removed as well: a run that has come to this step has passed over them, as damaged.
 
     Args:
         folder: of this run; exists.
@@ -38,9 +49,21 @@ def save_checkpoint(folder: Path, step: int, config: Mapping[str, Any], state: M
     path = folder / f"step_{step:08d}.pt"
     with written_whole(path) as file:
         torch.save({"step": step, "config": dict(config), **state}, file)
-    for old in sorted(folder.glob("step_*.pt"))[:-KEEP]:
-        old.unlink()
+        size = file.tell()
+        file.seek(0)
+        digest = _digest(file, size)
+        file.seek(size)
+        file.write(_MARK + digest)
+    for other in superseded(path, folder.glob("step_*.pt")):
+        other.unlink()
     return path
+
+
+def superseded(newest: Path, paths: Iterable[Path]) -> list[Path]:
+    """Of a run's checkpoints, those to remove now that ``newest`` is written."""
+    paths = sorted(paths)
+    up_to_now = [path for path in paths if path <= newest]
+    return up_to_now[:-KEEP] + paths[len(up_to_now) :]
 
 
 def newest_checkpoint(folder: Path, *, warn: Callable[[str], object]) -> Path | None:
@@ -53,12 +76,34 @@ def newest_checkpoint(folder: Path, *, warn: Callable[[str], object]) -> Path | 
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the archive's index is there (it comes last: a truncated file lacks it) and every checksum is right."""
+    """Whether the digest at the end is that of the rest.
+
+    Of a file without one, from before there was one: whether it ends with an archive's index (a truncated file does
+    not), and every tensor's checksum is right.
+    """
+    with open(path, "rb") as file:
+        size = max(file.seek(0, os.SEEK_END) - _END_BYTES, 0)
+        file.seek(size)
+        end = file.read()
+        file.seek(0)
+        if end.startswith(_MARK):
+            return end == _MARK + _digest(file, size)
+    if not end[-22:].startswith(b"PK\x05\x06"):
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except zipfile.BadZipFile:
+    except _NO_ARCHIVE:
         return False
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the next ``size`` bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (chunk := file.read(min(size, _CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.digest()
 
 
 def load_checkpoint(path: Path, config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -88,7 +133,7 @@ def write_whole(path: Path, text: str) -> None:
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write under a temporary name, which is forced to disk and gets its own name at the end."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

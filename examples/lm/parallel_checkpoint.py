@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from examples.lm.checkpoint import KEEP, write_whole
+from examples.lm.checkpoint import superseded, write_whole
 from examples.lm.errors import JobError
 from examples.lm.world import World
 from sonic.parallel import contiguous_state_dict, load_contiguous
@@ -38,7 +38,9 @@ def save_sharded(
     optimizer: Any,
     world: World,
 ) -> Path:
-    """Write a checkpoint atomically, then remove all but the newest ``KEEP``. All ranks call it together.
+    """Write a checkpoint atomically, then remove what it supersedes, see :func:`examples.lm.checkpoint.superseded`.
+
+    All ranks call it together.
 
     Args:
         folder: of this run; exists, and all ranks see it.
@@ -54,7 +56,7 @@ def save_sharded(
     path = folder / f"step_{step:08d}"
     temporary = path.with_suffix(".tmp")
     if world.is_main:
-        for left_over in (*folder.glob("step_*.tmp"), path):
+        for left_over in folder.glob("step_*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
@@ -64,9 +66,11 @@ def save_sharded(
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         about = {"step": step, "config": dict(config), "plain": dict(plain), "files": files}
         write_whole(temporary / ABOUT, json.dumps(about, indent=2) + "\n")
+        if path.exists():  # of the same step, and not removed before there is another one
+            os.replace(path, path.with_suffix(".old.tmp"))
         os.replace(temporary, path)
         _sync_folder(folder)
-        for old in sorted(one for one in folder.glob("step_*") if one.is_dir() and one.suffix == "")[:-KEEP]:
+        for old in superseded(path, (one for one in folder.glob("step_*") if one.is_dir() and one.suffix == "")):
             shutil.rmtree(old)
     world.barrier()
     return path
@@ -87,8 +91,11 @@ def is_whole(path: Path) -> bool:
     """Whether all files are there, and as long as they were."""
     if not (path / ABOUT).is_file():
         return False
-    files = about(path)["files"]
-    return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in files.items())
+    try:
+        files = about(path)["files"]
+        return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError):  # no text, no JSON, or not of this form
+        return False
 
 
 def about(path: Path) -> dict[str, Any]:

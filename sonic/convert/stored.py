@@ -48,6 +48,8 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 22  # bytes of a tensor that is handed on as it is, in memory at once
 _MAX_HEADER = 100_000_000  # bytes; what the safetensors package allows
+# What torch raises of a pickle with damaged opcodes; it has no one name for that.
+_NOT_LOADED = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError)
 _WHERE = "sonic.convert"
 
 
@@ -228,7 +230,11 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
             raise fault(f"{size} bytes with a header of {length}")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs))
+        header = json.loads(
+            text, object_pairs_hook=lambda pairs: _without_duplicates(path, pairs), parse_int=_short_int
+        )
+    except RecursionError as error:
+        raise fault("a file whose header is lists in lists, too deep to be read") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise fault(f"a file whose header is no JSON ({error})") from error
     if not isinstance(header, dict):
@@ -243,6 +249,8 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
         if not isinstance(name, str) or shape is None or offsets is None or len(offsets) != 2:
             raise fault(f"a file whose header says {entry!r} of {key}")
         begin, end = offsets
+        if math.prod(size for size in shape if size) >= 2**63:  # as many as strides can count
+            raise fault(f"a file whose header gives {key} the shape {tuple(shape)}")
         if name in DTYPES and math.prod(shape) * DTYPES[name].itemsize != end - begin:
             raise fault(f"a file whose header gives {key}, {tuple(shape)} {name}, {end - begin} bytes")
         tensors[key] = FileTensor(key, name, tuple(shape), path, 8 + length + begin, end - begin)
@@ -254,6 +262,11 @@ def read_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
     if position != size:
         raise fault(f"{size} bytes, {position} by its header")
     return tensors, metadata
+
+
+def _short_int(digits: str) -> int:
+    """What Python refuses to read as a number, at some thousands of digits, is none here either: -1."""
+    return int(digits) if len(digits) < 40 else -1
 
 
 def _sizes(value: object) -> list[int] | None:
@@ -279,7 +292,7 @@ def read_torch_file(path: Path) -> dict[str, HeldTensor]:
     wanted = "a state dict that torch.save wrote: tensors by name, nothing else, in the zip format"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _NOT_LOADED as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise argument_error(_WHERE, str(path), f"not loaded ({reason})", wanted) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -30,6 +30,7 @@ __all__ = [
     "check_experts_bwd",
     "check_groups",
     "check_main_grad",
+    "check_maps",
     "check_plan",
     "check_row_count",
     "check_row_scores",
@@ -145,8 +146,11 @@ def check_plan(expert_of_slot_P: Tensor, token_of_slot_P: Tensor | None, num_tok
     check_shape(where, "expert_of_slot_P", expert_of_slot_P, P=None)
     check_integer(where, "expert_of_slot_P", expert_of_slot_P)
     check_row_count(where, "expert_of_slot_P", expert_of_slot_P)
-    if _is_too_many(num_tokens):
-        raise argument_error(where, "num_tokens", num_tokens, "below 2**31")
+    for name, count in (("num_tokens", num_tokens), ("num_experts", num_experts)):
+        if isinstance(count, int) and count < 0:
+            raise argument_error(where, name, count, "an integer >= 0")
+        if _is_too_many(count):
+            raise argument_error(where, name, count, "below 2**31")
     slots = expert_of_slot_P.shape[0]
     if token_of_slot_P is not None:
         check_shape(where, "token_of_slot_P", token_of_slot_P, P=slots)
@@ -175,8 +179,7 @@ def check_combine(
     check_row_count(where, "y_RD", y_RD)
     check_shape(where, "row_by_token_R", row_by_token_R, R=y_RD.shape[0])
     check_dtype(where, "row_by_token_R", row_by_token_R, (torch.int32,))
-    check_shape(where, "token_offset_T1", token_offset_T1, T1=None)
-    check_dtype(where, "token_offset_T1", token_offset_T1, (torch.int32,))
+    _check_offsets(where, "token_offset_T1", token_offset_T1)
     others = (("row_by_token_R", row_by_token_R), ("token_offset_T1", token_offset_T1))
     check_same(where, ("y_RD", y_RD), others, dtype=False)
     check_row_scores("combine", row_scores_R, y_RD, y_RD.shape[0])
@@ -249,14 +252,34 @@ def check_rows(op: str, name: str, x_TD: Tensor, token_of_row_R: Tensor | None, 
     check_shape(where, name, x_TD, T=None, D=None)
     check_dtype(where, name, x_TD, FLOAT_DTYPES)
     check_row_count(where, name, x_TD)
-    check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
-    check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
+    _check_offsets(where, "expert_offset_E1", expert_offset_E1)
     if token_of_row_R is not None:
         check_shape(where, "token_of_row_R", token_of_row_R, R=None)
         check_dtype(where, "token_of_row_R", token_of_row_R, _INT32)
         check_row_count(where, "token_of_row_R", token_of_row_R)
     others = (("expert_offset_E1", expert_offset_E1), ("token_of_row_R", token_of_row_R))
     check_same(where, (name, x_TD), others, dtype=False)
+
+
+def check_maps(
+    op: str, token_of_row_R: Tensor | None, row_by_token_R: Tensor | None, token_offset_T1: Tensor | None
+) -> None:
+    """Refuse a part of a plan where a whole pass needs all of it: the three maps go together.
+
+    Raises:
+        ValueError: naming the one that is missing.
+    """
+    maps = {
+        "token_of_row_R": token_of_row_R,
+        "row_by_token_R": row_by_token_R,
+        "token_offset_T1": token_offset_T1,
+    }
+    missing = [name for name, tensor in maps.items() if tensor is None]
+    if missing and len(missing) < len(maps):
+        given = next(name for name in maps if name not in missing)
+        raise argument_error(
+            f"sonic.{op}", missing[0], None, f"a tensor, as {given}: all three maps of a plan, or none"
+        )
 
 
 def check_up(
@@ -303,8 +326,7 @@ def check_down(
     check_shape(where, "a_RN", a_RN, R=None, N=None)
     check_dtype(where, "a_RN", a_RN, FLOAT_DTYPES)
     check_row_count(where, "a_RN", a_RN)
-    check_shape(where, "expert_offset_E1", expert_offset_E1, E1=None)
-    check_dtype(where, "expert_offset_E1", expert_offset_E1, _INT32)
+    _check_offsets(where, "expert_offset_E1", expert_offset_E1)
     experts = expert_offset_E1.shape[0] - 1
     check_shape(where, "w2_EDN", w2_EDN, E=experts, D=None, N=a_RN.shape[1])
     if b2_ED is not None:
@@ -479,6 +501,14 @@ def check_row_count(where: str, argument: str, tensor: Tensor) -> None:
     """
     if _is_too_many(tensor.shape[0]):
         raise argument_error(where, argument, tuple(tensor.shape), "a first dimension below 2**31")
+
+
+def _check_offsets(where: str, argument: str, offset: Tensor) -> None:
+    """Offsets of any number of runs, at least none of them, which takes one entry."""
+    check_shape(where, argument, offset, **{argument[-2:]: None})
+    check_dtype(where, argument, offset, _INT32)
+    if offset.shape[0] == 0:
+        raise argument_error(where, argument, tuple(offset.shape), "at least one entry, the 0 that comes first")
 
 
 def _is_too_many(count: object) -> bool:

@@ -37,6 +37,7 @@ from sonic.kernels.checks import (
     check_experts_bwd,
     check_groups,
     check_main_grad,
+    check_maps,
     check_plan,
     check_row_count,
     check_row_scores,
@@ -497,6 +498,7 @@ def experts(
     """
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
     check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    check_maps("experts", token_of_row_R, row_by_token_R, token_offset_T1)
     request = _request(
         "experts", x_TD, w2_EDN, row_count(x_TD, token_of_row_R), x_TD.shape[1], w2_EDN.shape[2], activation
     )
@@ -529,6 +531,7 @@ def _(
 ):
     rows, names = (row_scores_R, expert_offset_E1, token_of_row_R), (activation, glu_layout)
     check_experts("experts", x_TD, w1_EUD, w2_EDN, b1_EU, b2_ED, *rows, *names)
+    check_maps("experts", token_of_row_R, row_by_token_R, token_offset_T1)
     num_rows = row_count(x_TD, token_of_row_R)
     return x_TD.new_empty(x_TD.shape), x_TD.new_empty(num_rows if need_h else 0, w1_EUD.shape[1])
 

@@ -43,6 +43,8 @@ def _refuse_wrong_offsets(token_offset_T1: Tensor, num_rows: int) -> None:
     """``embedding_bag`` itself does not notice offsets that fall, and adds the rows of other tokens."""
     falls = bool((token_offset_T1[1:] < token_offset_T1[:-1]).any())
     if falls or int(token_offset_T1[0]) != 0 or int(token_offset_T1[-1]) > num_rows:
-        was = f"from {int(token_offset_T1[0])} to {int(token_offset_T1[-1])}" + (", falling on the way" if falls else "")
+        was = f"from {int(token_offset_T1[0])} to {int(token_offset_T1[-1])}" + (
+            ", falling on the way" if falls else ""
+        )
         wanted = f"0 first, then never falling, at most R = {num_rows}"
         raise argument_error("sonic.kernels.reference", "token_offset_T1", was, wanted)
