@@ -168,7 +168,7 @@ ACTIVATIONS = [nn.GELU(), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.GELU(approximate="
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda one: getattr(one, "__name__", str(one)))
 @pytest.mark.parametrize("kind", [MLP, GLUMLP])
 def test_layers_and_all_gradients(kind: Any, activation: Callable[[Tensor], Tensor], bias: bool) -> None:
     mlp = kind(10, 13, E, K, bias=bias, activation=activation).double()
