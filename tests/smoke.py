@@ -66,7 +66,12 @@ def main() -> None:
         else:
             raise AssertionError("transformers is missing, and nobody said so")
 
-    for arguments in (["doctor"], ["doctor", "--json"], ["plan", "--model", "7b", "--gpus", "64"], ["convert", "--help"]):
+    for arguments in (
+        ["doctor"],
+        ["doctor", "--json"],
+        ["plan", "--model", "7b", "--gpus", "64"],
+        ["convert", "--help"],
+    ):
         done = subprocess.run([sys.executable, "-m", "sonic", *arguments], capture_output=True, text=True)
         assert done.returncode == 0, f"sonic {' '.join(arguments)}: {done.stdout}{done.stderr}"
     print(f"sonic {sonic.__version__} works on Python {sys.version.split()[0]} with torch {torch.__version__}")
