@@ -32,6 +32,8 @@ from sonic.bench.records import faults_of, figures_of, status_of
 from sonic.bench.stamp import make_stamp, stamp_differences
 from tests.test_kernel_benchmark import fake_scattermoe
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CPU = torch.device("cpu")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from benchmarks import cpu_moe, measure, memory, report, rivals, rounding
 
+pytestmark = pytest.mark.long
+
 # N, D and 2N are multiples of 4: grouped_mm wants rows of 16 bytes. T, E and K are odd, and some expert gets nothing.
 SHAPES = [cpu_moe.Shape(37, 20, 12, 5, 3), cpu_moe.Shape(7, 12, 8, 11, 1), cpu_moe.Shape(9, 8, 4, 3, 3)]
 
@@ -197,7 +199,7 @@ def test_errors() -> None:
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_cpu_moe_quick_writes_the_documented_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report.json"
     arguments = [
@@ -331,7 +333,7 @@ def test_memory_quick_writes_the_documented_json_and_sonic_keeps_what_it_promise
     assert ours["peak_bytes"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rounding_reports_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rounding.json"
     assert rounding.main(["--quick", "--json", str(out)]) == 0

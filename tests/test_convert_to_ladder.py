@@ -19,6 +19,9 @@ from examples.lm.checkpoint import newest_checkpoint
 from examples.lm.parallel_source import read_source
 from tests.test_train_parallel import Ranks, curve, differences
 
+pytestmark = pytest.mark.long
+
+
 SHAPE = (
     "--hidden-size 16 --layers 4 --heads 2 --experts 4 --top-k 2 --expert-size 8 --seq-len 16 --batch-size 8 --lr 0.02 "
     "--steps 30 --eval-every 30 --eval-windows 16 --save-every 15 --device cpu"

@@ -14,6 +14,9 @@ pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi")
 from sonic.kernels.cute import traffic  # noqa: E402  (imports CuTe-DSL)
 from sonic.kernels.cute.traffic import CASES, DEFAULT_SIZES, MARKERS, Case, Moved, Sizes, least_bytes  # noqa: E402
 
+pytestmark = pytest.mark.long
+
+
 PAGE = Path(__file__).parent.parent / "docs/kernels.md"
 MOST_EXCESS = 1.05
 

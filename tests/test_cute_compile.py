@@ -136,6 +136,7 @@ def test_other_forms_fit(name: str, dtype: str) -> None:
     holds(cross.resources_of(name, form.key(widest, dtype)))
 
 
+@pytest.mark.long
 def test_faults_are_seen() -> None:
     """256 float32 sums for each thread do not fit: the compiler spills them, and products wait for each other."""
     one = cross.resources_of("down_proj", FORMS["down_proj"].key(TileConfig(256, 256, 2)))

@@ -30,6 +30,9 @@ from tests.helpers import (  # noqa: E402
     torch_experts,
 )
 
+pytestmark = pytest.mark.long
+
+
 SIZES = (40, 72, 40, 5, 2)  # T, D, N, E, K: widths no multiple of a tile, gate and up in one box
 GEMMS = {
     "up_proj": 1,

@@ -93,7 +93,7 @@ NEEDS_NOT: dict[str, dict[tuple[str, int], str]] = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CASES)
 def test_some_mutants(op: str) -> None:
     """One of each kind."""

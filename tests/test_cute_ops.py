@@ -105,10 +105,8 @@ MORE = (
     down_bwd((128, 128, COOPERATIVE), "swiglu_oai", dtype=FP16, bias=True, **INTERLEAVED),
     contraction("down_proj_bwd_weight", 128, 64, COOPERATIVE, bias=True, adds=True),
 )
-# By default one of each op; simulating a kernel takes seconds.
-FIRST = {case.op: case for case in reversed(CASES)}
 ALL_CASES = [
-    *(pytest.param(case, marks=() if FIRST[case.op] is case else pytest.mark.long) for case in CASES),
+    *(pytest.param(case, marks=pytest.mark.long) for case in CASES),
     *(pytest.param(case, marks=pytest.mark.slow) for case in MORE),
 ]
 

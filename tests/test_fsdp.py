@@ -26,6 +26,8 @@ from sonic.routing import TokenRounding, TopKRouter, update_expert_bias
 from tests.distributed import run_ranks
 from tests.helpers import relative_error
 
+pytestmark = pytest.mark.long
+
 D, N, K, LAYERS = 12, 8, 2, 2
 TOLERANCE = 1e-9
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -21,6 +21,8 @@ from tests.distributed import run_ranks
 from tests.helpers import relative_error
 from tests.test_fsdp import make_model, tokens, whole, world_mesh
 
+pytestmark = pytest.mark.long
+
 OPTIONS: dict[str, Any] = {"experts": 5, "shared_intermediate_size": 8, "bias": True, "expert_bias": True}
 
 

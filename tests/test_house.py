@@ -653,6 +653,7 @@ def test_blocks_are_found() -> None:
     assert blocks_of(page) == [Block("python", "x = 1\n", 3, False), Block("python", "y = 2\n", 8, True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", MARKDOWN, ids=name_of)
 def test_python_in_pages_runs(page: Path, tmp_path: Path) -> None:
     """The blocks of a page run one after the other, in one process, as a reader would paste them.

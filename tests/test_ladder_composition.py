@@ -19,6 +19,8 @@ from sonic.parallel.wiring import Wiring
 from tests.distributed import run_ranks
 from tests.ladder_models import WIDTH, blocks, differences, recorded, results, share
 
+pytestmark = pytest.mark.long
+
 LAYERS = 3
 NAIVE = "I0 W0 I1 W1 I2 W2 I3 W3 I4 W4 I5 W5"
 LATE = "I0 I1 W0 I2 W1 I3 W2 I4 W3 I5 W4 W5"

@@ -19,6 +19,8 @@ from sonic.parallel.wiring import WIRINGS, Wiring
 from tests.distributed import run_ranks
 from tests.ladder_models import HIDDEN, WIDTH, blocks, differences, recorded, results, share
 
+pytestmark = pytest.mark.long
+
 LAYERS = 3
 SCHEDULES = [
     {"overlap": "off"},

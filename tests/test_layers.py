@@ -683,9 +683,9 @@ def test_compile(dtype: torch.dtype, autocast: bool) -> None:
 @pytest.mark.parametrize(
     ("dynamic", "shape"),
     [
-        (True, (2, 5, D)),
+        pytest.param(True, (2, 5, D), marks=pytest.mark.long),
         *(
-            pytest.param(dynamic, shape, marks=pytest.mark.long)
+            pytest.param(dynamic, shape, marks=pytest.mark.slow)
             for dynamic, shape in itertools.product((False, True), ((D,), (2, 5, D), (2, 0, D)))
             if (dynamic, shape) != (True, (2, 5, D))
         ),
@@ -921,6 +921,7 @@ def check_both(rank: int) -> None:
     check_sharded(rank)
 
 
+@pytest.mark.long
 def test_data_parallel_and_sharded(tmp_path: Path) -> None:
     run_ranks(__file__, "check_both", tmp_path)
 

@@ -491,6 +491,7 @@ def check_all_of_two_ranks(rank: int) -> None:
     check_global_batch_of_two_ranks(rank)
 
 
+@pytest.mark.long
 def test_two_ranks_with_different_numbers_of_tokens(tmp_path: Path) -> None:
     run_ranks(__file__, "check_all_of_two_ranks", tmp_path)
 

@@ -32,6 +32,8 @@ from tests.helpers import assert_close
 from tests.test_memory import Saved
 from tests.test_parallel_expert import CASES, TOLERANCE, D, compare, make_layer, tokens_of, whole
 
+pytestmark = pytest.mark.long
+
 REDUCE = ("sum", "reduce_scatter", "none")
 STEPS = ("forward", "late finish", "shared apart")
 

@@ -28,6 +28,8 @@ from sonic.compat.sonicmoe import (
 from sonic.compat.sonicmoe.metadata import TC_topk_router_metadata_triton, general_routing_router_metadata_triton
 from tests.helpers import assert_as_good_as_torch, make_problem, relative_error, results, short, torch_activation
 
+pytestmark = pytest.mark.long
+
 Record = Callable[[str, object], None]
 
 

@@ -19,6 +19,9 @@ import sonic.fsdp
 from examples import pretrain_fsdp as job
 from tests.test_train_parallel import Ranks
 
+pytestmark = pytest.mark.long
+
+
 STEPS = 6
 SIZES = (
     "--hidden-size 16 --layers 2 --heads 2 --experts 6 --top-k 2 --expert-size 8 --seq-len 16 --batch-size 8 "

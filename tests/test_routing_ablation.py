@@ -277,7 +277,7 @@ def test_a_stopped_comparison_goes_on_bit_for_bit(
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_workers_do_the_same_and_stop_together(
     text: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sonic import cli
+from sonic import cli, kernels
 from sonic.setup_mistakes import RANGES, Facts, facts_of_this_machine, find_mistakes
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,8 @@ def test_the_gravest_comes_first() -> None:
 def test_doctor_tells_them_and_fails_where_one_stops(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reasons = {"cute": ["left out"], "triton": ["left out"], "reference": []}  # the doctor would try them
+    monkeypatch.setattr(kernels, "unusable_reasons", lambda backend, *device: reasons[backend])
     monkeypatch.setattr(cli, "facts_of_this_machine", lambda *_: dataclasses.replace(HEALTHY, archs=(75,)))
     assert cli.main(["doctor"]) == 0
     assert "To mend\n  a GPU of compute capability 7.5" in capsys.readouterr().out

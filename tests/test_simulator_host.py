@@ -608,6 +608,7 @@ def test_importing_the_simulator_loads_nothing_heavy() -> None:
     assert "sonic.simulator.timeline" in drawing and "matplotlib" not in drawing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", ["", "0", "1"])
 def test_a_whole_process_can_be_simulated(value: str) -> None:
     probe = (

@@ -483,6 +483,7 @@ def check_counts_of_all_ranks(rank: int) -> None:
         TokenRounding(router, tile_rows=16, group="world")(x * (torch.nan if rank else 1.0))
 
 
+@pytest.mark.long
 def test_two_ranks_round_together(tmp_path: Path) -> None:
     run_ranks(__file__, "check_counts_of_all_ranks", tmp_path)
 

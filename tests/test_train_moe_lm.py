@@ -287,6 +287,7 @@ def test_a_killed_run_resumes_bit_for_bit(text: Path, longer: Path, tmp_path: Pa
     assert steps_of(tmp_path) == steps_of(longer)
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_learns_and_stop_together(text: Path, longer: Path, tmp_path: Path) -> None:
     """Two processes train; one of them alone is told to stop, and both do; a single process goes on to the end."""
     with socket.socket() as free:

@@ -28,6 +28,9 @@ from examples import train_parallel as job
 from examples.lm.parallel_checkpoint import newest_sharded
 from tests import distributed
 
+pytestmark = pytest.mark.long
+
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 SIZES = (
@@ -308,7 +311,13 @@ def wait_for_step(ranks: Ranks, out: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
+    ("victim", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
 )
 def test_when_a_rank_is_gone_the_other_says_which_and_ends(text: Path, tmp_path: Path, victim: int, how: int) -> None:
     timeout = 10

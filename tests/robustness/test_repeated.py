@@ -259,6 +259,7 @@ print(tensors() - live, sys.getallocatedblocks() - blocks, rss() - resident)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's account of memory")
 def test_a_thousand_steps_leave_nothing() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
