@@ -43,7 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs hardware that is not here; leave slow and long tests out unless they are asked for.
 
-    ``--long`` asks for the long ones; ``-m`` with their mark, or a node id, for either.
+    ``-m`` with their mark asks for the slow ones; ``--long``, any ``-m``, or the name of a file for the long ones; a
+    node id for either.
     """
     missing = _missing_hardware()
     for item in items:
@@ -52,7 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
     if any("::" in argument for argument in config.args):
         return
-    asked = {"slow": "slow" in config.option.markexpr, "long": config.option.long or "long" in config.option.markexpr}
+    names_a_file = any(argument.endswith(".py") for argument in config.args)
+    asked = {
+        "slow": "slow" in config.option.markexpr,
+        "long": config.option.long or bool(config.option.markexpr) or names_a_file,
+    }
     left_out = [
         item for item in items if any(item.get_closest_marker(name) and not wanted for name, wanted in asked.items())
     ]
