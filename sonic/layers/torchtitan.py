@@ -240,7 +240,12 @@ class _SonicExperts:
 
     _activation, _glu_layout = "swiglu", "concatenated"
 
-    def _take_options(self, config: Any) -> None:
+    def __init__(self, config: Any) -> None:
+        """
+        Args:
+            config: made by :func:`grouped_experts`.
+        """
+        super().__init__(config)  # type: ignore[call-arg]
         _check_options(f"{_MODULE}.{type(self).__name__}", config.save, config.backend, config.compute_dtype)
         self.save: str = config.save
         self.backend: str | None = config.backend
@@ -304,14 +309,6 @@ class SonicGroupedExperts(_SonicExperts, GroupedExperts):
         backend: str | None = None
         compute_dtype: str = "bfloat16"
 
-    def __init__(self, config: Config) -> None:
-        """
-        Args:
-            config: made by :func:`grouped_experts`.
-        """
-        super().__init__(config)
-        self._take_options(config)
-
     def _weights(self, dtype: torch.dtype) -> _Weights:
         return _Weights(_local(self.w1_EFD), _local(self.w3_EFD), _local(self.w2_EDF))
 
@@ -332,14 +329,6 @@ class SonicFusedGroupedExperts(_SonicExperts, FusedGroupedExperts):
         backend: str | None = None
         compute_dtype: str = "bfloat16"
 
-    def __init__(self, config: Config) -> None:
-        """
-        Args:
-            config: made by :func:`grouped_experts`.
-        """
-        super().__init__(config)
-        self._take_options(config)
-
     def _weights(self, dtype: torch.dtype) -> _Weights:
         return _Weights(_local(self.w13).flatten(1, 2), None, _local(self.w2_EDF))
 
@@ -359,14 +348,6 @@ class SonicGptOssGroupedExperts(_SonicExperts, GptOssGroupedExperts):
         save: str = "preactivation"
         backend: str | None = None
         compute_dtype: str = "bfloat16"
-
-    def __init__(self, config: Config) -> None:
-        """
-        Args:
-            config: made by :func:`grouped_experts`.
-        """
-        super().__init__(config)
-        self._take_options(config)
 
     def _weights(self, dtype: torch.dtype) -> _Weights:
         tensor_parallel, weight = 1, self.mlp1_weight_EGD
