@@ -331,19 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         aux_loss_coeff=args.aux_loss,
         z_loss_coeff=args.z_loss,
     )
-    recipe = Recipe(
-        model=model,
-        text=corpus.fingerprint,
-        seq_len=args.seq_len,
-        batch_size=args.batch_size,
-        steps=args.steps,
-        warmup_steps=args.warmup_steps or max(1, args.steps // 20),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        dtype=args.dtype,
-        seed=args.seed,
-    )
+    recipe = Recipe.from_arguments(args, model, corpus.fingerprint)
 
     def job(world: ParallelWorld, interrupt: Interrupt, console: Console) -> None:
         if world.is_main:

@@ -228,19 +228,7 @@ def recipe_of(args: argparse.Namespace, corpus: Corpus) -> Recipe:
         aux_loss_coeff=args.aux_loss,
         z_loss_coeff=args.z_loss,
     )
-    return Recipe(
-        model=model,
-        text=corpus.fingerprint,
-        seq_len=args.seq_len,
-        batch_size=args.batch_size,
-        steps=args.steps,
-        warmup_steps=args.warmup_steps or max(1, args.steps // 20),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        dtype=args.dtype,
-        seed=args.seed,
-    )
+    return Recipe.from_arguments(args, model, corpus.fingerprint)
 
 
 def run(args: argparse.Namespace, world: World, interrupt: Interrupt) -> None:

@@ -169,19 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         corpus = load_corpus(args.text, seq_len=args.seq_len)
     except JobError as error:
         return refuse(PROGRAM, error)
-    recipe = Recipe(
-        model=model,
-        text=corpus.fingerprint,
-        seq_len=args.seq_len,
-        batch_size=args.batch_size,
-        steps=args.steps,
-        warmup_steps=args.warmup_steps or max(1, args.steps // 20),
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        dtype=args.dtype,
-        seed=args.seed,
-    )
+    recipe = Recipe.from_arguments(args, model, corpus.fingerprint)
 
     def job(world: ParallelWorld, interrupt: Interrupt, console: Console) -> None:
         console.print(

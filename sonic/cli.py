@@ -1,5 +1,5 @@
 """The command line: ``python -m sonic doctor`` tells what sonic finds here, what is missing, and whether it is right;
-``python -m sonic plan`` is in ``sonic/planner/cli.py``.
+the other commands lie in the ``cli.py`` of their rooms.
 
 Optional packages are looked up, not imported, so that a broken one cannot stop the doctor.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import time
@@ -48,6 +49,23 @@ class Recipe:
     clip: float
     dtype: str
     seed: int
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, model: ModelConfig, text: str) -> Recipe:
+        """What the options of a program's command line say; without ``warmup_steps`` a twentieth of the steps."""
+        return cls(
+            model=model,
+            text=text,
+            seq_len=args.seq_len,
+            batch_size=args.batch_size,
+            steps=args.steps,
+            warmup_steps=args.warmup_steps or max(1, args.steps // 20),
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            clip=args.clip,
+            dtype=args.dtype,
+            seed=args.seed,
+        )
 
     @property
     def tokens_per_step(self) -> int:
