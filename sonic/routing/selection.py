@@ -6,8 +6,8 @@ a time are laid out as the columns of a scratch of at most :data:`_SCRATCH_VALUE
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -87,8 +87,12 @@ def lowest_rows(
 
 
 def capacity_of(capacity_factor: float, num_rows: int, num_experts: int) -> int:
-    """Rows per expert: ``capacity_factor`` times the mean, rounded up; 1.1 times 10 is 11, also in binary."""
-    return math.ceil(round(capacity_factor * num_rows / num_experts, 6))
+    """Rows per expert: ``capacity_factor`` times the mean, rounded up; 1.1 times 10 is 11, also in binary.
+
+    In integers, which may be symbols of a compiled graph.
+    """
+    factor = Fraction(capacity_factor).limit_denominator(10**6)
+    return -(-factor.numerator * num_rows // (factor.denominator * num_experts))
 
 
 def expert_of_row(plan: RoutingPlan) -> Tensor:

@@ -352,15 +352,7 @@ class TestTransforms:
     """Compilers take any router and any number of tokens; those of functorch are refused, not computed wrongly."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "router",
-        [
-            # its capacity, a symbol made of a float and the number of tokens, cannot cross the graph break (torch 2.13)
-            pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name == "expert choice" else name
-            for name in routers()
-            if name != "stochastic"
-        ],
-    )
+    @pytest.mark.parametrize("router", [name for name in routers() if name != "stochastic"])
     def test_compile_for_any_number_of_tokens(self, router: str) -> None:
         torch._dynamo.reset()
         layer = layer_of(router)
