@@ -331,6 +331,16 @@ def test_edges(op: str, check: str) -> None:
     CHECKS[check](op)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list({case.op: case for case in reversed(CASES)}.values()), ids=lambda case: case.op)
+def test_fifty_times_the_same_bits(case: Case) -> None:
+    """Of every op, whatever order its warps come in."""
+    given = values(case, (0, 1, 9, 7))
+    want = simulate(case, given, *SCHEDULES[0])
+    for seed in range(1, 50):
+        assert_same_bits(simulate(case, given, SCHEDULES[seed % len(SCHEDULES)][0], seed), want)
+
+
 def test_sizes_compile_nothing() -> None:
     """One function serves any number of rows, experts, tokens and columns."""
     case = ONE_OF_EACH["up_proj_bwd_input"]
