@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,17 +16,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["RANGES", "Facts", "Mistake", "facts_of_this_machine", "find_mistakes"]
+from sonic.versions import RANGES, is_in_range, requirement
 
-# Versions that work: at least the first, below the second. As in pyproject.toml.
-RANGES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
-    "torch": ((2, 8), None),
-    "triton": ((3, 4), None),
-    "nvidia-cutlass-dsl": ((4, 8), (4, 9)),
-    "transformers": ((5, 0), None),
-    "megatron-core": ((0, 16), None),
-    "torchtitan": ((0, 3), None),
-}
+__all__ = ["Facts", "Mistake", "facts_of_this_machine", "find_mistakes"]
 
 _OLDEST_ARCH = 80  # of the Triton kernels; older chips get plain torch
 _HOPPER = 90
@@ -58,7 +49,7 @@ class Facts:
         environment: the variables of the process.
         known_variables: those of sonic.
         unusable_backends: backend -> why it cannot be used on any device here.
-        versions: distribution -> version, for what is installed of :data:`RANGES`.
+        versions: distribution -> version, for what is installed of :data:`sonic.versions.RANGES`.
         owners: distributions that claim to hold a package called ``sonic``.
         torch_cuda: the CUDA that torch was built for, None: without CUDA; ROCm counts as CUDA.
         nvidia_gpus: GPUs that the system has, whether torch sees them or not.
@@ -143,14 +134,11 @@ def _old_python(facts: Facts) -> Iterator[Mistake]:
 
 
 def _versions(facts: Facts) -> Iterator[Mistake]:
-    for name, (least, below) in RANGES.items():
+    for name in RANGES:
         version = facts.versions.get(name)
-        if version is None:
-            continue
-        numbers = tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
-        if numbers < least or (below is not None and numbers >= below):
-            wanted = f"{name}>={'.'.join(map(str, least))}" + (f",<{'.'.join(map(str, below))}" if below else "")
-            yield Mistake("wrong-version", f"{name} is {version}", f"pip install '{wanted}'", stops=name == "torch")
+        if version is not None and not is_in_range(name, version):
+            cure = f"pip install '{requirement(name)}'"
+            yield Mistake("wrong-version", f"{name} is {version}", cure, stops=name == "torch")
 
 
 def _two_owners(facts: Facts) -> Iterator[Mistake]:

@@ -103,6 +103,7 @@ class Room:
 # hold such functions.
 _LAYERS = ("sonic.shapes", "sonic.autograd", "sonic.functional", "sonic.routing", "sonic.parallel")
 _FACES = (*_LAYERS, "sonic.layers")
+_KERNELS = ("sonic.shapes", "sonic.versions")
 _CONTRACTS = ("sonic.shapes", "sonic.kernels.dispatch")
 _PARALLEL = ("sonic.shapes", "sonic.autograd", "sonic.functional")
 ROOMS = (
@@ -110,7 +111,8 @@ ROOMS = (
     Room("__main__.py", ("sonic.cli",)),
     Room("cli.py", ("sonic",)),
     Room("shapes.py"),
-    Room("setup_mistakes.py"),
+    Room("setup_mistakes.py", ("sonic.versions",)),
+    Room("versions.py"),
     Room("autograd.py", ("sonic.shapes",)),
     Room("roofline.py", ("sonic.shapes",)),
     Room("kernels/__init__.py", ("sonic.kernels.dispatch", "sonic.kernels.ops", "sonic.kernels.warming")),
@@ -121,9 +123,9 @@ ROOMS = (
     Room("kernels/warming.py", (*_CONTRACTS, "sonic.kernels.checks", "sonic.kernels.cute.ahead"), may_use_nn=False),
     Room("kernels/cli.py", (*_CONTRACTS, "sonic.kernels.checks", "sonic.kernels.warming"), may_use_nn=False),
     Room("kernels/reference/", ("sonic.shapes",), ("numpy",), may_use_nn=False),
-    Room("kernels/triton/", ("sonic.shapes", "sonic.roofline"), ("triton",), may_use_nn=False),
+    Room("kernels/triton/", (*_KERNELS, "sonic.roofline"), ("triton",), may_use_nn=False),
     # `simulator`: on a CPU its kernels are launched there, once somebody has opened it
-    Room("kernels/cute/", ("sonic.shapes", "sonic.roofline", "sonic.simulator"), ("cutlass",), may_use_nn=False),
+    Room("kernels/cute/", (*_KERNELS, "sonic.roofline", "sonic.simulator"), ("cutlass",), may_use_nn=False),
     Room("simulator/", (), ("numpy", "cutlass"), ("matplotlib",)),
     Room("routing/", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops")),
     Room("functional.py", ("sonic.shapes", "sonic.autograd", "sonic.kernels.ops", "sonic.routing.plan")),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sonic import cli, kernels
-from sonic.setup_mistakes import RANGES, Facts, facts_of_this_machine, find_mistakes
+from sonic.setup_mistakes import Facts, facts_of_this_machine, find_mistakes
+from sonic.versions import RANGES
 
 ROOT = Path(__file__).parent.parent
 

@@ -36,18 +36,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchtitan.config import derive, override
-from torchtitan.distributed import spmd_types
-from torchtitan.distributed.utils import get_spmd_backend
-from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
-from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
-from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, ScaleBiasForward
-from torchtitan.overrides.fused_swiglu import FusedGroupedExperts, fused_grouped_experts
 
 from sonic.autograd import no_autocast
 from sonic.functional import _Experts, _offsets, check_options, expert_mlp, moe_mlp
 from sonic.routing.plan import RoutingPlan
 from sonic.shapes import argument_error, check_choice
+
+try:
+    from torchtitan.config import derive, override
+    from torchtitan.distributed import spmd_types
+    from torchtitan.distributed.utils import get_spmd_backend
+    from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
+    from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, ScaleBiasForward
+    from torchtitan.overrides.fused_swiglu import FusedGroupedExperts, fused_grouped_experts
+except ImportError as error:
+    raise ImportError("sonic.torchtitan: needs torchtitan >= 0.3 (pip install 'sonic-moe[torchtitan]')") from error
 
 __all__ = [
     "COMPUTE_DTYPES",

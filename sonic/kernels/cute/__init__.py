@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from sonic.versions import wrong_version
+
 __all__ = ["LEFT_TO_OTHERS", "describe_tile", "reasons_unless_named", "tile_rows", "unsupported_reasons"]
 
 LEFT_TO_OTHERS = ("best_of_columns", "build_plan", "combine", "topk_softmax", "topk_softmax_bwd")
@@ -67,6 +69,8 @@ def unsupported_reasons(request: Any) -> list[str]:
     reasons = []
     if importlib.util.find_spec("cutlass") is None:
         reasons.append("CuTe-DSL is not installed (the extra 'cute')")
+    elif (wrong := wrong_version("nvidia-cutlass-dsl")) is not None:
+        reasons.append(wrong)
     if request.device_type == "cpu":
         if not is_simulated():
             reasons.append("needs a Hopper GPU; on a CPU only inside of sonic.simulator.hopper()")

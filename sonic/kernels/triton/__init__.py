@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sonic.kernels.triton.target import hip_arch, interprets
+from sonic.versions import wrong_version
 
 __all__ = ["reasons_unless_named", "tile_rows", "unsupported_reasons"]
 
@@ -56,6 +57,8 @@ def unsupported_reasons(request: Any) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed (the extra 'triton')")
+    elif (wrong := wrong_version("triton")) is not None:
+        reasons.append(wrong)
     if request.device_type == "cpu":
         if not interprets():
             reasons.append("needs a GPU; on a CPU only with TRITON_INTERPRET=1 from the start, for tests")

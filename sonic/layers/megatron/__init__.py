@@ -291,12 +291,12 @@ def _providers() -> list[Any]:
     for module, name in _PROVIDERS:
         try:
             found.append(getattr(importlib.import_module(module), name))
-        except ModuleNotFoundError as error:
-            missing = error.name or ""
-            if missing.split(".")[0] != "megatron" and name == "LocalSpecProvider":
+        except (ModuleNotFoundError, AttributeError) as error:
+            if name != "LocalSpecProvider":
+                continue  # those of packages that Megatron itself does without
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != "megatron":
                 raise
-            if name == "LocalSpecProvider":
-                raise ImportError(f"{_MODULE}: needs megatron-core >= 0.16 (pip install megatron-core)") from error
+            raise ImportError(f"{_MODULE}: needs megatron-core >= 0.16 (pip install megatron-core)") from error
     return found
 
 
