@@ -65,7 +65,7 @@ def page_messages() -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for path in sorted(PAGES.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        entries = re.findall(r"^`(?:`` )?(.+?)(?: ``)?`\n: (.+?)(?=\n\n|\Z)", text, re.M | re.S)
+        entries = re.findall(r"^`(?:`` )?([^\n]+?)(?: ``)?`\n: (.+?)(?=\n\n|\Z)", text, re.M | re.S)
         if path.stem != "index":
             found[path.stem] = {message: " ".join(cure.split()) for message, cure in entries}
     return found
@@ -88,6 +88,10 @@ def _messages(tree: ast.Module) -> Iterator[str]:
                     yield from _told(names.texts(node.exc.args[0]))
             elif isinstance(node, ast.Call) and _name(node.func) in ("warn", "error") and node.args:
                 yield from _told(names.texts(node.args[0]))
+            elif isinstance(node, ast.Call) and _name(node.func) == "fault" and len(node.args) == 3:
+                yield from _told(names.texts(node.args[2]))  # of the simulator: kind, where, what
+            elif isinstance(node, ast.Call) and _name(node.func) == "refuse" and len(node.args) == 2:
+                yield from _told(names.texts(node.args[1]))
 
 
 def _says_something(argument: str, wanted: str) -> bool:

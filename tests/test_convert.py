@@ -15,6 +15,7 @@ from torch import Tensor
 import sonic
 from sonic import cli
 from sonic.convert import FORMATS, convert_checkpoint, convert_state_dict, plan_conversion
+from sonic.convert.formats import LAYOUTS
 from sonic.routing import TopKRouter
 from tests.convert_cases import (
     CASES,
@@ -151,14 +152,20 @@ def test_plain_activations_have_no_halves() -> None:
     theirs = convert_state_dict(layer.state_dict(), "sonicmoe", source_glu_layout="interleaved", pass_through=())
     assert torch.equal(theirs["c_fc.weight"], layer.w1) and torch.equal(theirs["c_fc.bias"], layer.b1)
     assert same_bits(convert_state_dict(theirs), layer.state_dict())
-    with pytest.raises(
-        ValueError, match=r"w1 is without gate rows, expected 2N rows: qwen3_moe has gated experts only"
-    ):
-        convert_state_dict(
-            {key: value for key, value in layer.state_dict().items() if not key.startswith("b")},
-            "qwen3_moe",
-            source_glu_layout="concatenated",
-        )
+
+
+@pytest.mark.parametrize("storage", ["checkpoint", "fused"])
+@pytest.mark.parametrize("target", sorted({layout.name for layout in LAYOUTS if layout.model_types}))
+def test_models_of_transformers_have_gated_experts_only(target: str, storage: str) -> None:
+    if not any((layout.name, layout.storage) == (target, storage) for layout in LAYOUTS):
+        pytest.skip("there is no such storage")
+    wants_biases = target == "gpt_oss"
+    router = TopKRouter(D, E, K, bias=wants_biases, enable_expert_bias=target == "deepseek_v3")
+    shared = 8 if target == "deepseek_v3" else 0
+    layer = sonic.MoE(D, N, E, K, activation="relu2", bias=wants_biases, router=router, shared_intermediate_size=shared)
+    message = rf"w1 is without gate rows, expected 2N rows: {target} has gated experts only"
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(layer.state_dict(), target, storage=storage, source_glu_layout="concatenated")
 
 
 def test_a_router_in_another_is_found() -> None:

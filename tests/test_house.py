@@ -529,7 +529,7 @@ def importable(module: str) -> bool:
     """Whether a module of the library can be imported here; an optional package may be missing, nothing else."""
     try:
         importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name is None or error.name.split(".")[0] not in HEAVY:
             raise
         return False

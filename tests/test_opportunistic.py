@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import sonic
 from benchmarks.rerouting import draw_logits
-from sonic.routing import Routing, TopKRouter
+from sonic.routing import HashRouter, Routing, TopKRouter
 from sonic.routing.opportunistic import (
     DEFAULT_QUALITY,
     OpportunisticRouting,
@@ -521,6 +521,7 @@ class FromPairs(TopKRouter):
     ("router", "options", "message"),
     [
         (torch.nn.Linear(D, E), {}, "router is a Linear, expected a sonic.routing.TopKRouter"),
+        (HashRouter(D, E, K, vocab_size=9), {}, "router is a HashRouter, expected .* choose by their logits"),
         (None, {}, "router is a NoneType, expected a sonic.routing.TopKRouter"),
         ("topk", {"quality": 0}, r"quality is 0, expected a number within \(0, 1\]"),
         ("topk", {"quality": 2}, "quality is 2"),

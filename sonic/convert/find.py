@@ -185,7 +185,7 @@ class MoELayer:
                     raise argument_error(_WHERE, stored.key, stored.dtype_name, were)
                 dtype = dtype or stored.dtype_name
                 if stored.dtype_name != dtype:
-                    raise argument_error(_WHERE, stored.key, stored.dtype_name, f"{dtype}, as the others of its layer")
+                    raise argument_error(_WHERE, stored.key, stored.dtype_name, f"{dtype}, as the rest of this {part}")
         for name, _, expert in self.tensors:
             if name == part and expert is not None and expert >= sizes.num_experts:
                 key = next(stored.key for at, stored in self.tensors.items() if at[0] == part and at[2] == expert)

@@ -398,13 +398,13 @@ def _layer_entries(layer: MoELayer, target: Layout, sizes: Sizes, block_name: st
         if part not in layer.parts():
             wanted = f"one, which every layer of {target.name} has"
             raise argument_error(_WHERE, layer.prefix.rstrip("."), f"without a {part}", wanted)
+    if target.model_types and not sizes.is_gated:  # no model of transformers has any other
+        wanted = f"2N rows: {target.name} has gated experts only"
+        raise argument_error(_WHERE, layer.stored("w1")[0].key, "without gate rows", wanted)
     prefix = target.renamed(layer.prefix, block_name)
     experts: Sequence[int | None] = range(sizes.num_experts)
     for part in (part for part in PARTS if part in layer.parts()):
         place = target.parts[part]
-        if len(place.keys) == 2 and not sizes.is_gated:
-            wanted = f"2N rows: {target.name} has gated experts only"
-            raise argument_error(_WHERE, layer.stored(part)[0].key, "without gate rows", wanted)
         for expert in experts if place.is_per_expert else (None,):
             for half in range(len(place.keys)):
                 yield _part_entry(layer, target, Place(prefix, part, half, expert), sizes)

@@ -51,7 +51,8 @@ try:
     from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, ScaleBiasForward
     from torchtitan.overrides.fused_swiglu import FusedGroupedExperts, fused_grouped_experts
 except ImportError as error:
-    raise ImportError("sonic.torchtitan: needs torchtitan >= 0.3 (pip install 'sonic-moe[torchtitan]')") from error
+    wanted = "sonic.torchtitan: needs torchtitan >= 0.3 (pip install 'sonic-moe[torchtitan]')"
+    raise ImportError(wanted, name=error.name) from error
 
 __all__ = [
     "COMPUTE_DTYPES",

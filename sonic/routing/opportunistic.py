@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sonic.kernels.ops import SCORE_FUNCTIONS
+from sonic.routing.hash import HashRouter
 from sonic.routing.plan import RoutingPlan
 from sonic.routing.result import Routing, RoutingMetrics
 from sonic.routing.scores import pair_scores, probabilities
@@ -229,7 +230,7 @@ class OpportunisticRouting(RouterWrapper):
     ) -> None:
         """
         Args:
-            router: a :class:`sonic.routing.TopKRouter`.
+            router: a :class:`sonic.routing.TopKRouter`, but no :class:`sonic.routing.HashRouter`, whose table chooses.
             quality: within (0, 1], see :func:`reroute`; :data:`DEFAULT_QUALITY` where none of ``quality``, ``top_p``,
                 ``min_experts`` and ``max_batch_experts`` is given.
             min_experts: best experts that each token loads in any case, 1 to K; alone, the simple variant of the paper.
@@ -239,11 +240,12 @@ class OpportunisticRouting(RouterWrapper):
                 top-K. Not with a router that chooses within groups, whose tokens might be left without an expert.
 
         Raises:
-            ValueError: the router is no ``TopKRouter``, or a value makes no sense.
+            ValueError: the router is no such one, or a value makes no sense.
         """
         where = _WHERE
-        if not isinstance(router, TopKRouter):
-            raise argument_error(where, "router", f"a {type(router).__name__}", "a sonic.routing.TopKRouter")
+        if not isinstance(router, TopKRouter) or isinstance(router, HashRouter):
+            wanted = "a sonic.routing.TopKRouter whose tokens choose by their logits"
+            raise argument_error(where, "router", f"a {type(router).__name__}", wanted)
         _check_knobs(where, router.top_k, quality, min_experts, top_p, max_rank, max_batch_experts)
         if max_batch_experts is not None and router.num_groups > 1:
             wanted = f"None with a router of num_groups={router.num_groups}"
