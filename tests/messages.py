@@ -56,7 +56,7 @@ def source_messages() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "sonic").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        found.setdefault(page_of(path), set()).update(_messages(tree))
+        found.setdefault(page_of(path), set()).update(messages_of(tree))
     return found
 
 
@@ -71,7 +71,7 @@ def page_messages() -> dict[str, dict[str, str]]:
     return found
 
 
-def _messages(tree: ast.Module) -> Iterator[str]:
+def messages_of(tree: ast.Module) -> Iterator[str]:
     """The messages that a file can give."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for scope in [tree, *functions]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -15,6 +16,7 @@ import torch
 
 import sonic
 from sonic.routing import ExpertChoiceRouter, TokenRounding, TopKRouter
+from tests.messages import messages_of, page_messages, source_messages
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -89,6 +91,39 @@ def test_messages_that_are_explained_are_raised() -> None:
         text for text in raised if any(re.search(".*".join(map(re.escape, m.split("…"))), text) for m in messages())
     ]
     assert told == raised, "every provoked message is explained"
+
+
+def test_every_message_is_explained() -> None:
+    source, pages = source_messages(), page_messages()
+    assert pages.keys() == source.keys()
+    for page, found in source.items():
+        assert len(found) > 3, "the sources have messages"
+        missing, unused = found - pages[page].keys(), pages[page].keys() - found
+        assert not missing, f"docs/errors/{page}.md lacks {missing}; see tests/messages.py"
+        assert not unused, f"docs/errors/{page}.md explains what is raised no more: {unused}"
+        for message, cure in pages[page].items():
+            assert 8 <= len(cure.split()) <= 80, f"{message}: {cure}"
+
+
+def test_messages_are_read_from_code(tmp_path: Path) -> None:
+    code = """
+def f(x):
+    where, wanted = "sonic.f", "a number"
+    if x < 0:
+        wanted = f"at least {x}"
+    for name, value in (("a", 1), ("b", 2)):
+        raise argument_error(where, name, value, "positive")
+    raise argument_error(where, "x", x, wanted)
+    raise ImportError(f"{where}: needs {x} (pip install it)")
+    raise error
+"""
+    assert sorted(set(messages_of(ast.parse(code)))) == [
+        "a is …, expected positive",
+        "b is …, expected positive",
+        "needs … (pip install it)",
+        "x is …, expected a number",
+        "x is …, expected at least …",
+    ]
 
 
 PUBLIC = (
