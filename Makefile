@@ -63,9 +63,9 @@ lint: $(VENV)/.has-lint ## ruff (faults, format) and mypy
 	$(PY) -m ruff format --quiet --check .
 	$(PY) -m mypy --no-error-summary
 
-coverage: $(VENV)/.has-coverage ## the tests again, and which lines of sonic/ they do not reach
+coverage: $(VENV)/.has-coverage $(VENV)/.has-faces ## the tests again, and all faces': lines of sonic/ that none reaches
 	rm -f .coverage .coverage.*
-	$(PYTEST) --long -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html:report/coverage $(ARGS)
+	$(PYTEST) --long -n $(WORKERS) --dist worksteal --cov --cov-fail-under=92 --cov-report=term:skip-covered --cov-report=html:report/coverage $(ARGS)
 
 docs: $(VENV)/.has-docs ## this project's site, warnings as errors, into report/docs
 	$(PY) -m sphinx -q -W --keep-going -b html docs report/docs $(ARGS)
