@@ -43,7 +43,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
             f"{ctx.where}: asked for the gradient of its gradient, expected a first-order backward only "
-            "(what a second one needs is not kept; take the reference formula in plain torch for that)"
+            "(what a second one needs is not kept; take plain torch for that: docs/concepts.md has the formula)"
         )
 
 

@@ -533,7 +533,8 @@ WRONG: list[tuple[Callable[[Given], object], str]] = [
     ),
     (
         lambda g: set_aux_loss_scale(nn.Linear(2, 2), 1.0),
-        "sonic.layers.set_aux_loss_scale: model is a Linear without a sonic.MoE in it, expected one with at least one",
+        "sonic.layers.set_aux_loss_scale: model is a Linear without a sonic.MoE in it, "
+        "expected a model with at least one sonic.MoE",
     ),
     # ---- what would run
     (

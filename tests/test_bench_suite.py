@@ -272,12 +272,23 @@ def test_the_gpu_suite_fits_in_its_budget_and_names_what_there_is() -> None:
         (["--suite", "cpu", "--only", "tea"], "sonic bench: only is 'tea', expected one of"),
         (["--suite", "cpu", "--limit", "tea=3"], "sonic bench: limit is 'tea'"),
         (["--suite", "cpu", "--limit", "tests=-1"], "sonic bench: limit is tests=-1, expected a positive"),
-        (["--compare", "nowhere", "nowhere"], "sonic bench: compare is nowhere, which is none, expected a folder"),
+        (
+            ["--compare", "nowhere", "nowhere"],
+            "sonic bench: compare is nowhere, which does not exist, expected a folder",
+        ),
+        (["--compare", str(ROOT / "README.md"), "nowhere"], "README.md, which holds no results, expected a folder"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_limit_without_seconds_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--suite", "cpu", "--limit", "tests"])
+    message = "argument --limit: 'tests' is no limit, expected PART=SECONDS, such as kernels=120"
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_without_a_gpu_or_a_checkout_it_says_so(

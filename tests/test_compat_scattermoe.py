@@ -254,12 +254,43 @@ def test_autocast_and_bf16() -> None:
     assert half.dtype == torch.bfloat16 and relative_error(half, wanted) < 1e-2
 
 
+def test_an_expert_out_of_range_is_refused_in_a_graph_too() -> None:
+    """There, as on a GPU, by an assertion of the device: nothing reads past the weights, or gives other numbers."""
+    mlp = MLP(8, 4, E, K, activation=nn.GELU())
+    x, p = torch.randn(T, 8), torch.rand(T, K)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(compiled(x, p, good := choice()), mlp(x, p, good)) < 1e-6
+        for bad in (E, -1):
+            index = choice()
+            index[3, 1] = bad
+            with pytest.raises(RuntimeError, match=f"expert_idxs is out of range, expected .* < num_experts = {E}"):
+                compiled(x, p, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_more_experts_than_a_narrow_index_counts(dtype: torch.dtype) -> None:
+    index = torch.tensor([[3, 100], [100, 7]])
+    _, slots, ends = flatten_sort_count(index.to(dtype), 300)
+    want = flatten_sort_count(index, 300)
+    assert (
+        torch.equal(slots, want[1])
+        and torch.equal(ends, want[2])
+        and ends[[2, 3, 7, 100, 299]].tolist() == [0, 1, 2, 4, 4]
+    )
+
+
 def test_what_is_refused() -> None:
     index = choice()
+
+    def call_with(bad: int) -> None:
+        flatten_sort_count(torch.tensor([[1, bad]]), E)
+
     maps = flatten_sort_count(index, E)
     x, weight = torch.randn(T, WIDTH_IN), torch.randn(E, WIDTH_OUT, WIDTH_IN).transpose(1, 2)
     for match, call in (
-        ("expert_idxs is from 1 to 9", lambda: flatten_sort_count(torch.tensor([[1, 9]]), E)),
+        (r"expert_idxs is out of range \(9\), expected 0 <= expert_idxs < num_experts = 5", lambda: call_with(9)),
+        (r"expert_idxs is out of range \(-1\)", lambda: call_with(-1)),
         ("expert_idxs is float32", lambda: flatten_sort_count(torch.rand(3, 2), E)),
         ("inputs is", lambda: parallel_linear(x[:, :-1], weight, K, *maps)),
         ("sorted_scattered_idxs is", lambda: parallel_linear(x, weight, K + 1, *maps)),

@@ -255,7 +255,12 @@ def test_counts() -> None:
     assert count_cumsum(x[:0], 3, do_cumsum=False).tolist() == [0, 0, 0]
     compiled = torch.compile(count_cumsum, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(*pair) for pair in zip(compiled(x=x, E=7), (count, running), strict=True))
-    for bad in (torch.tensor([7]), torch.tensor([-1]), torch.rand(3), torch.zeros(2, 2, dtype=torch.int64)):
+    for bad in (torch.tensor([0, 7]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match=r"count_cumsum: x is out of range \((7|-1)\), expected 0 <= x < E = 7"):
+            count_cumsum(bad, 7)
+        with pytest.raises(RuntimeError, match="x is out of range"):
+            compiled(x=bad, E=7)
+    for bad in (torch.rand(3), torch.zeros(2, 2, dtype=torch.int64)):
         with pytest.raises(ValueError, match="count_cumsum: x is"):
             count_cumsum(bad, 7)
 
@@ -284,8 +289,14 @@ def test_what_is_refused() -> None:
     pairs = (torch.rand(2), torch.tensor([0, 1]), torch.tensor([0, 0]))
     for match, call in (
         ("kernel_backend_moe is .*fp8 is not served", lambda: layer(torch.rand(2, D), KernelBackendMoE.sonicmoe_fp8)),
-        ("b2 is None, expected a bias", lambda: moe_TC_softmax_topk_layer(x, router, w1, b1, w2, None, K)),
-        ("b1 is None, expected a bias", lambda: moe_TC_softmax_topk_layer(x, router, w1, None, w2, b2, K)),
+        (
+            "b2 is None beside a b1, expected both or neither",
+            lambda: moe_TC_softmax_topk_layer(x, router, w1, b1, w2, None, K),
+        ),
+        (
+            "b1 is None beside a b2, expected both or neither",
+            lambda: moe_TC_softmax_topk_layer(x, router, w1, None, w2, b2, K),
+        ),
         ("w1 is", lambda: moe_TC_softmax_topk_layer(x, router, leaves.up, b1, w2, b2, K)),
         ("w2 is", lambda: moe_TC_softmax_topk_layer(x, router, w1, b1, leaves.down, b2, K)),
         ("x is", lambda: moe_TC_softmax_topk_layer(x[:, 1:], router, w1, b1, w2, b2, K)),
@@ -297,6 +308,7 @@ def test_what_is_refused() -> None:
             "more than once",
             lambda: moe_general_routing_inputs(x, pairs[0], pairs[2], pairs[2], w1, b1, w2, b2, E, 0, "swiglu"),
         ),
+        ("activation_function is 'tanh'", lambda: MoE(E, K, D, N, "tanh", False, 0.1)),
         ("num_experts_per_tok is 9", lambda: MoE(8, 9, D, N, "swiglu", False, 0.1)),
         ("hidden_states is", lambda: layer(torch.rand(2, D + 1))),
     ):

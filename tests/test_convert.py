@@ -175,7 +175,7 @@ def test_a_router_in_another_is_found() -> None:
     theirs = convert_state_dict(state, "qwen3_moe", source_glu_layout="concatenated")
     assert torch.equal(theirs["model.layers.0.mlp.gate.weight"], router.router.weight)
     state["model.layers.0.mlp.router.weight"] = torch.zeros(E, D)
-    with pytest.raises(ValueError, match=r"is a second router.weight of its layer, expected one, and .* is one"):
+    with pytest.raises(ValueError, match=r"is a second router.weight of its layer, expected .*router.weight alone"):
         convert_state_dict(state, "qwen3_moe", source_glu_layout="concatenated")
 
 
@@ -427,9 +427,7 @@ def test_a_target_without_a_place_is_refused() -> None:
 
 def test_what_cannot_be_told_is_asked_for() -> None:
     tensors = tensors_of(BY_ID[_QWEN])
-    with pytest.raises(
-        ValueError, match=r"source_format is None, and the source may be qwen3_moe, olmoe, expected one"
-    ):
+    with pytest.raises(ValueError, match=r"source_format is None, expected one of qwen3_moe, olmoe: the keys fit each"):
         convert_state_dict(tensors)
     ours = convert_state_dict(tensors, source_format="olmoe")
     with pytest.raises(ValueError, match=r"expected source_glu_layout=...: neither metadata nor config.json tell"):
@@ -460,11 +458,22 @@ def test_orders_that_contradict_each_other(tmp_path: Path) -> None:
     plan_conversion(tmp_path / "to", "qwen3_moe", source_glu_layout="concatenated")
 
 
+def test_layers_of_two_kinds_are_refused_by_what_differs() -> None:
+    def layer(index: int, bias: bool) -> dict[str, torch.Tensor]:
+        made = sonic.MoE(8, 4, num_experts=4, top_k=1, bias=bias)
+        return {f"layers.{index}.mlp.{key}": value.detach() for key, value in made.state_dict().items()}
+
+    with pytest.raises(
+        ValueError, match="layers.1.mlp is a layer with bias True, expected bias False, as layers.0.mlp$"
+    ):
+        convert_state_dict({**layer(0, False), **layer(1, True)}, source_glu_layout="concatenated")
+
+
 def test_new_names_do_not_fall_on_others() -> None:
     case = BY_ID["mixtral-checkpoint"]
     tensors = tensors_of(case)
     tensors["model.layers.1.mlp.w1"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.w1 is what becomes of .*, expected a key for each"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.w1 is the target's name of both .*, expected two names"):
         convert_state_dict(tensors, config=config_of(case), block_name="mlp")
 
 

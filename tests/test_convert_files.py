@@ -188,7 +188,11 @@ def test_faults_of_an_index_are_refused(tmp_path: Path) -> None:
     edit_index(fresh("b"), lambda files: files.__setitem__("ghost", shard))
     refused(tmp_path / "b", rf"ghost in {shard} is missing")
     edit_index(fresh("c"), lambda files: files.pop("lm_head.weight"))
-    refused(tmp_path / "c", rf"lm_head.weight in .* is nowhere by {INDEX}")
+    refused(tmp_path / "c", rf"lm_head.weight in .* is not listed by {INDEX}, expected it to name {shard}")
+    edit_index(fresh("j"), lambda files: files.update({"lm_head.weight": shard.replace("2-", "1-")}))
+    refused(
+        tmp_path / "j", rf"lm_head.weight in .* is placed in .*1-of-00003.safetensors by {INDEX}, expected it to name"
+    )
     edit_index(fresh("d"), lambda files: files.__setitem__("lm_head.weight", "../from/model.safetensors"))
     refused(tmp_path / "d", "is '../from/model.safetensors', expected a name in the same folder")
     folder = fresh("e")
@@ -291,7 +295,7 @@ def test_too_few_bytes_are_noticed(tmp_path: Path, source: Path) -> None:
     last = plan.entries[-1]
     short = Entry(last.key, last.dtype_name, last.shape, last.sources, last.how, lambda: [torch.zeros(1)])
     object.__setattr__(plan, "entries", (*plan.entries[:-1], short))
-    with pytest.raises(RuntimeError, match=r"model.steps gave 4 bytes, expected 8"):
+    with pytest.raises(RuntimeError, match=r"model.steps gave 4 bytes while it was written, expected 8"):
         plan.write(tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["from"]
 

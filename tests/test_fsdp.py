@@ -595,7 +595,10 @@ def check_ladder_and_bad_input(rank: int) -> None:
         parallelize_moe(block.moe, ep_mesh=spread["ep"])
     split = make_model()
     parallelize_moe(split.blocks[1].moe, tp_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
-    with pytest.raises(ValueError, match="blocks.0.moe is of 1 experts, expected so many that each of 2 ranks has one"):
+    with pytest.raises(
+        ValueError,
+        match="blocks.0.moe.num_experts is 1, expected a number that leaves none of the 2 'ep' ranks without",
+    ):
         shard(make_one_expert(), spread)
     for message, arguments, options in (
         (r"model is a str, expected a torch.nn.Module", ("x", mesh), {}),
@@ -620,7 +623,7 @@ def check_ladder_and_bad_input(rank: int) -> None:
             (make_stack()[1], mesh),
             {"mp_policy": MixedPrecisionPolicy(output_dtype=torch.float32)},
         ),
-        (r"blocks is .*Conv1d.*, of which a Model has none", (make_model(), mesh), {"blocks": nn.Conv1d}),
+        (r"blocks is .*Conv1d.*, which fits nothing inside a Model", (make_model(), mesh), {"blocks": nn.Conv1d}),
         (r"blocks is 'Block', expected a class of modules", (make_model(), mesh), {"blocks": "Block"}),
     ):
         with pytest.raises(ValueError, match=r"^sonic.fsdp.shard: " + message):

@@ -396,7 +396,7 @@ def test_replace_moe_refuses_before_it_changes_anything(stand_in: dict[str, Any]
     refused(Model().layers, "model is a ModuleList, expected a transformers.PreTrainedModel")
     model = Model()
     sonic.huggingface.replace_moe(model)
-    with pytest.raises(ValueError, match=where + "layers.0 is replaced before"):
+    with pytest.raises(ValueError, match=where + "layers.0 is a block that an earlier call replaced"):
         sonic.huggingface.replace_moe(model)
 
 

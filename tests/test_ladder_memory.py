@@ -116,6 +116,21 @@ def test_what_is_in_flight_has_no_memory_and_no_values(mesh: DeviceMesh) -> None
     assert seen[0].isnan().all() and x.grad.eq(2).all()  # type: ignore[union-attr]
 
 
+def test_backward_of_what_was_never_awaited_is_refused(mesh: DeviceMesh) -> None:
+    """Or the result of the forward collective would come out as a gradient."""
+    for overlap in ("full", "forward"):
+        x = torch.randn(4, requires_grad=True)
+        group = mesh.get_group()
+        flying = in_flight.issue(
+            x, in_flight.all_reduce(group), in_flight.all_reduce(None), kind="mlp", overlap=overlap
+        )
+        with pytest.raises(RuntimeError, match="mlp was awaited but never issued, or awaited twice"):
+            (flying.tensor * 2).sum().backward()
+        assert x.grad is None
+        flying.wait().sum().backward()  # nothing is lost
+        assert x.grad is not None and x.grad.eq(1).all()
+
+
 def test_two_consumers_of_what_is_in_flight_are_refused(mesh: DeviceMesh) -> None:
     x = torch.randn(4, requires_grad=True)
     box = in_flight.Mailbox("mlp", in_flight.all_reduce(mesh.get_group()))

@@ -205,8 +205,8 @@ def test_config_by_hand() -> None:
         (lambda: Wiring(("ladder", "x")), r"layers\[1\] is 'x'"),
         (lambda: Wiring.from_config({"wiring": "ladder"}), "with 'num_layers'"),
         (lambda: Wiring.from_config({"num_layers": 3, "wiring": ["ladder"]}), "one for each of 3 layers"),
-        (lambda: LadderStack([dense_block()], "farskip"), r"wiring\[0\] is 'farskip', expected one for a dense MLP"),
-        (lambda: LadderStack([dense_block()], Wiring.build(2)), "wiring is that of 2 layers, expected that of 1"),
+        (lambda: LadderStack([dense_block()], "farskip"), r"wiring\[0\] is 'farskip', expected 'standard', 'parallel'"),
+        (lambda: LadderStack([dense_block()], Wiring.build(2)), "wiring is for 2 layers, expected one for the 1 block"),
         (lambda: LadderStack([nn.Linear(2, 2)]), r"blocks\[0\] is a Linear, expected a LadderBlock"),  # type: ignore
         (lambda: LadderStack([dense_block()], overlap="on"), "overlap is 'on', expected one of 'off'"),
         (lambda: LadderStack([dense_block()], backward_order="x"), "backward_order is 'x', expected one of 'seqnr'"),

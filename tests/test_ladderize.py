@@ -99,6 +99,26 @@ class OldDecoderLayer(DecoderLayer):
         return (super().forward(hidden_states, *args, **kwargs),)
 
 
+class CheckpointsForward(nn.Module):
+    """As later versions of transformers have it: in the class of every subclass."""
+
+    gradient_checkpointing = False
+
+    def __init_subclass__(cls) -> None:
+        forward = cls.forward
+
+        def checkpointing(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.gradient_checkpointing and self.training and type(self).forward is checkpointing:
+                return self._gradient_checkpointing_func(functools.partial(forward, self, **kwargs), *args)
+            return forward(self, *args, **kwargs)
+
+        cls.forward = functools.wraps(forward)(checkpointing)  # type: ignore[method-assign]
+
+
+class LaterDecoderLayer(CheckpointsForward, DecoderLayer):
+    forward = DecoderLayer.forward
+
+
 class Decoder(nn.Module):
     def __init__(self, layer: type = DecoderLayer) -> None:
         super().__init__()
@@ -198,10 +218,13 @@ def test_a_layer_alone_is_what_it_was() -> None:
     assert ladder.model.layers[1](x, None, positions).equal(plain.model.layers[1](x, None, positions))
 
 
+@pytest.mark.parametrize("layer_class", [DecoderLayer, LaterDecoderLayer])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant: bool) -> None:
-    wanted = results(wired(causal_lm()))
-    model = wired(causal_lm())
+def test_gradient_checkpointing(use_reentrant: bool, layer_class: type) -> None:
+    wanted = results(wired(causal_lm(layer_class)))
+    model = wired(causal_lm(layer_class))
+    for layer in model.model.layers:  # as fully_shard does
+        layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
     calls = []
 
     def counted(function: Any, *args: Any) -> Any:
@@ -213,6 +236,48 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     got = results(model)
     assert len(calls) == 2 * LAYERS
     assert max(differences(got, wanted).values()) < 1e-12
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_of_transformers(use_reentrant: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=32
+    )
+    plain = transformers.AutoModelForCausalLM.from_config(config).train()
+    grads = []
+    for options in (None, {"use_reentrant": use_reentrant}):
+        model = wired(copy.deepcopy(plain), "all")
+        if options is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.enable_input_require_grads()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert max(differences(grads[1], grads[0]).values()) < 1e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("layers", [[0], [2], [LAYERS - 1], range(LAYERS)], ids=str)
+def test_checkpointing_whole_layers_is_refused(layers: Any, hooked: bool, use_reentrant: bool) -> None:
+    """Run again in backward, alone, a layer would compute something else: wrong gradients, without a word."""
+    model = wired(causal_lm(), "all")
+    for index in layers:
+        layer = model.model.layers[index]
+        forward = layer.forward
+
+        def checkpointed(x: Any, forward: Any = forward, **inputs: Any) -> Any:
+            return checkpoint(functools.partial(forward, **inputs), x, use_reentrant=use_reentrant)
+
+        layer.forward = checkpointed
+    for layer in model.model.layers:
+        if hooked:
+            layer.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ValueError, match=r"layer \d is run .*, expected its attention and MLP to be checkpointed"):
+        results(model)
+    model.eval()
+    with torch.no_grad():  # nothing is wrong without gradients
+        assert model(TOKENS).equal(wired(causal_lm(), "all").eval()(TOKENS))
 
 
 @pytest.mark.parametrize("order", ["seqnr", "early"])
@@ -276,7 +341,11 @@ def test_bad_input() -> None:
     refused("ladder_layers is 5, expected", causal_lm(), 5)
     refused("layers is None, expected layers to choose", causal_lm(), None)
     refused("model is one with 2: ", nn.ModuleList([causal_lm(), causal_lm()]))
-    refused("wiring is 'farskip', expected one for an MLP that is no sonic.MoE", causal_lm(), wiring="farskip")
+    refused(
+        "wiring is 'farskip', expected 'standard', 'parallel' or 'ladder': the MLP of layer .",
+        causal_lm(),
+        wiring="farskip",
+    )
 
 
 # ---------------------------------------------------------------- on two ranks
@@ -299,6 +368,23 @@ def tensor_parallel(rank: int) -> list[tuple[float, str]]:
         error = (alone - causal_lm().model.layers[1](x, None, positions)).abs().max()
         found.append((float(error), ""))
     return found
+
+
+def misnamed_linears(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))["tp"]
+    for message, names in (
+        ("self_attn.o_proj is in neither column nor row", {"row": ["down_proj"]}),
+        (
+            "self_attn is without linears of row, expected some of column",
+            {"column": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ladderize(causal_lm(), tp_mesh=mesh, **names)
+
+
+def test_misnamed_linears_are_refused() -> None:
+    run_ranks(misnamed_linears, 2)
 
 
 def test_ladderize_over_two_ranks() -> None:

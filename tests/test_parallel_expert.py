@@ -505,6 +505,7 @@ def check_bad_input(rank: int) -> None:
     other = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     for message, arguments in (
         ("moe is a Linear, expected a sonic.MoE", (nn.Linear(2, 2), {"ep_mesh": mesh["ep"]})),
+        ("moe is a OptimizedModule, expected a sonic.MoE", (torch.compile(make_layer()), {"ep_mesh": mesh["ep"]})),
         ("ep_mesh is a int, expected a one-dimensional DeviceMesh", (make_layer(), {"ep_mesh": 2})),
         ("ep_mesh is a mesh of 2 dimensions", (make_layer(), {"ep_mesh": mesh})),
         ("tp_reduce is 'mean', expected one of", (make_layer(), {"tp_mesh": other, "tp_reduce": "mean"})),
@@ -514,7 +515,10 @@ def check_bad_input(rank: int) -> None:
             (make_layer(intermediate_size=7), {"tp_mesh": other}),
         ),
         ("of different meshes, expected slices of one", (make_layer(), {"ep_mesh": mesh["ep"], "tp_mesh": other})),
-        ("spread over ranks already", (parallelize_moe(make_layer(), ep_mesh=mesh["ep"]), {"ep_mesh": mesh["ep"]})),
+        (
+            "spread over ranks already, expected a layer that was not given to",
+            (parallelize_moe(make_layer(), ep_mesh=mesh["ep"]), {"ep_mesh": mesh["ep"]}),
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             parallelize_moe(arguments[0], **arguments[1])

@@ -254,7 +254,13 @@ def check_checkpoints(rank: int, folder: str) -> None:
 
     layer = parallelize_moe(make_layer(**CASES["shared"]), tp_mesh=world["tp"])
     fully_shard(layer, mesh=world["dp"])
-    with pytest.raises(ValueError, match="shared.w1 is split block by block and by FSDP in one dimension"):
+    with pytest.raises(ValueError, match="shared.w1 is split block by block and by FSDP .*, expected fully_shard"):
+        layer.state_dict()
+    layer = parallelize_moe(make_layer(**CASES["shared"]), tp_mesh=world["tp"])
+    fully_shard(layer, mesh=world["dp"], shard_placement_fn=fsdp_placement)  # cuts the second dimension of matrices
+    with pytest.raises(
+        ValueError, match="shared.b1 is split .* in a wrong order, expected glu_layout='interleaved': a bias"
+    ):
         layer.state_dict()
 
 

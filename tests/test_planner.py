@@ -116,7 +116,9 @@ def test_a_collective_behind_others_is_blamed_on_its_own_stream() -> None:
 
 
 def test_a_program_that_waits_for_what_comes_later_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sonic\.planner\.run: tasks is a after 0, expected numbers of tasks before"):
+    with pytest.raises(
+        ValueError, match=r"sonic\.planner\.schedule\.run: tasks is a after 0, expected numbers of tasks before"
+    ):
         run([Task("a", COMPUTE, 1.0, (0,))])
     with pytest.raises(ValueError, match=r"interference is -1, expected a number of at least 0"):
         run([], -1)
@@ -502,7 +504,9 @@ def test_search_returns_what_fits_fastest_first() -> None:
     assert rates == sorted(rates, reverse=True)
     assert {(plan.setup.tp, plan.setup.ep) for plan in plans} >= {(1, 1), (2, 2), (8, 1), (1, 16)}
     assert all(found.tp == 2 for found in meshes(dataclasses.replace(setup, tp=2), fixed=["tp"]))
-    with pytest.raises(ValueError, match=r"gpus is 8, expected more of them, or a smaller micro_batch"):
+    with pytest.raises(
+        ValueError, match=r"gpus is 8, on which no mesh of deepseek-v3 fits in memory, expected more GPUs or a smaller"
+    ):
         planner.search(planner.make_setup("deepseek-v3", "h100", 8))
 
 
@@ -588,8 +592,8 @@ def test_constants_have_sources() -> None:
         ({"tp": 3, "gpus": 3}, r"tp is 3, expected a divisor of expert_intermediate_size = 256"),
         ({"tp": 16, "gpus": 16}, r"tp is 16, expected a divisor of num_heads = 24"),
         ({"ep": 3, "gpus": 3}, r"ep is 3, expected a divisor of num_experts = 128"),
-        ({"model": "llama-8b", "ep": 2}, r"ep is 2, expected 1: llama-8b has no experts"),
-        ({"pp": 2}, r"pp is 2, expected 1: pipelines are not planned"),
+        ({"model": "llama-8b", "ep": 2}, r"ep is 2, expected 1, since llama-8b has no experts"),
+        ({"pp": 2}, r"pp is 2, expected 1, since pipelines are not planned"),
         ({"wiring": "helix"}, r"wiring is 'helix', expected one of 'standard'"),
         ({"wired_layers": 41}, r"wired_layers is 41, expected 0 to num_layers = 40"),
         ({"wired_layers": 1.5}, r"wired_layers is 1.5, expected an integer or None"),
@@ -617,7 +621,11 @@ def test_bad_plans_are_refused(options: dict, message: str) -> None:
         ({"num_layers": 0}, "num_layers is 0, expected a positive integer"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3, expected a divisor of num_heads = 4"),
         ({"top_k": 9}, "top_k is 9, expected at most num_experts = 8"),
-        ({"num_experts": 0}, "intermediate_size is 0, expected the width of the MLP"),
+        (
+            {"num_experts": 0},
+            "intermediate_size is 0, expected a positive width: 2 of 2 layers have an MLP without experts",
+        ),
+        ({"num_dense_layers": 1}, "intermediate_size is 0, expected a positive width: 1 of 2 layers have"),
         ({"num_dense_layers": 3}, "num_dense_layers is 3, expected at most num_layers = 2"),
         ({"gated": 1}, "gated is 1, expected True or False"),
         ({"shared_intermediate_size": -1}, "shared_intermediate_size is -1, expected an integer of at least 0"),
@@ -642,13 +650,18 @@ def test_models_from_files(tmp_path: Path) -> None:
         "{": "whose text is not right",
         "[1]": "a list, expected a table",
         '{"layers": 2}': "key is 'layers', expected one of 'name'",
-        '{"num_layers": 2}': "which lacks hidden_size, num_heads",
+        '{"num_layers": 2}': "without hidden_size, num_heads, vocab_size, expected a value for each, or base=",
+        '{"num_layers": 2, "hidden_size": 64, "vocab_size": 99}': "without num_heads, expected",
+        '{"num_layers": 2, "num_heads": 4, "vocab_size": 99}': "without hidden_size, expected",
         '{"base": "9b"}': "base is '9b', expected one of '7b'",
     }
     for text, message in bad.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=rf"^sonic\.planner\.model_from_file: .*{message}"):
             planner.model_from_file(file)
+    file.write_text('{"num_layers": 2, "hidden_size": 64, "vocab_size": 99, "num_heads": "four"}')
+    with pytest.raises(ValueError, match=r"^sonic\.planner\.Model: num_heads is 'four', expected a positive integer"):
+        planner.model_from_file(file)
     with pytest.raises(ValueError, match="No such file or directory"):
         planner.model_from_file(tmp_path / "none.json")
 
@@ -747,14 +760,17 @@ def test_tables_are_drawn_with_rich_on_a_terminal(
         ("--chip h900", "--chip is 'h900', expected one of 'h100'"),
         ("--wiring helix", "wiring is 'helix', expected one of"),
         ("--sweep 8", "--sweep is '8', expected FIRST:LAST"),
-        ("--sweep 16:8", "last is 8, expected at least first = 16"),
+        ("--sweep 16:8", "sonic.planner.gpu_counts: last is 8, expected at least first = 16"),
         ("--sweep 8:16 --wiring standard,helix", "--wiring is 'helix', expected one of"),
         ("--sweep 8:16 --gpus 8", "--gpus is 8, expected nothing beside --sweep"),
         ("--sweep 8:16 --shard 8", "--shard is 8, expected nothing beside --sweep"),
         ("--sweep 8:16 --ep 32", "counts is [8, 16], expected at least one multiple of tp * ep = 32"),
         ("--png x.png", "--png is x.png, expected only with --sweep"),
         ("--best 0", "--best is 0, expected a positive integer"),
-        ("--best --check", "--check is given beside --best, expected one of them"),
+        (
+            "--best --check",
+            "--check is given beside --best, expected only one of --best, --sweep, --check, --constants, --models",
+        ),
         ("--set layers", "--set is 'layers', expected NAME=VALUE"),
         ("--set layers=2", "--set is 'layers', expected one of 'name'"),
         ("--set num_layers=two", "--set num_layers is 'two', expected an integer"),

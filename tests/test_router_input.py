@@ -147,6 +147,7 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (scored(expert_bias=0.1), "topk_scores: expert_bias is a float, expected a tensor of shape (E)"),
     (scored(num_groups=7), "topk_scores: num_groups is 7, expected a divisor of num_experts = 12"),
     (scored(source=torch.randn(4, D)), "topk_scores: source is a Tensor, expected a tuple (x, weight) or"),
+    (scored(source=(torch.randn(4, D),)), "topk_scores: source is a tuple of 1, expected a tuple (x, weight) or"),
     (paired([0, 4], [0, 0]), "pair_scores: token_index is out of range (4), expected 0 <= token_index < T = 4"),
     (paired([0, -1], [0, 0]), "pair_scores: token_index is out of range (-1), expected 0 <= token_index < T = 4"),
     (paired([0, 1], [0, 12]), "pair_scores: expert_index is out of range (12), expected 0 <= expert_index < E = 12"),

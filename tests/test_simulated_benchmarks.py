@@ -171,15 +171,15 @@ def test_the_default_reaches_its_targets() -> None:
 # ---------------------------------------------------------------- what both share
 
 
-@pytest.mark.parametrize("benchmark", [padding, rerouting], ids=["padding", "rerouting"])
-def test_save_and_plot(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("script", [padding, rerouting], ids=["padding", "rerouting"])
+def test_save_and_plot(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert benchmark.main(["--quick", "--save", "--plot", str(tmp_path / "picture.png")]) == 0
+    assert script.main(["--quick", "--save", "--plot", str(tmp_path / "picture.png")]) == 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png"]
     assert (tmp_path / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (page,) = tmp_path.glob("*.md")
-    name = benchmark.__name__.rpartition(".")[2]
+    name = script.__name__.rpartition(".")[2]
     assert page.name.startswith(name + "_") and f"`python -m benchmarks.{name} --quick --save" in page.read_text()
 
 

@@ -329,7 +329,7 @@ SPIN:
     setp.eq.s32 %p1, %r2, 0;
     @%p1 bra SPIN;
     """
-    with pytest.raises(Deadlock, match="no end"):
+    with pytest.raises(Deadlock, match="no end: .*raise step_budget if the launch is that long"):
         launch(body, [np.zeros(1, np.uint32)], options=Options(step_budget=20000))
 
 
@@ -398,13 +398,13 @@ BEHIND:
         ("ld.global.b32 %r2, [%rd0+16];", "lie in no registered tensor.*0 bytes behind the end of array0"),
         ("st.global.b32 [%rd0+-4], %r0;", "lie in no registered tensor.*array0 begins 4 bytes behind it"),
         ("ld.global.b64 %rd2, [%rd0+12];", "lie in no registered tensor"),
-        ("ld.global.b32 %r2, [%rd0+2];", "not a multiple of 4"),
+        ("ld.global.b32 %r2, [%rd0+2];", "not a multiple of the access's 4 bytes"),
         ("mul.wide.u32 %rd2, %r0, 4; add.s64 %rd3, %rd0, %rd2; ld.global.b32 %r2, [%rd3];", "no registered tensor"),
-        ("ld.shared.b32 %r2, [%r1+4096];", "of a block that has"),
-        ("ld.shared.b32 %r2, [%r1+-1024];", "belongs to the system"),
+        ("ld.shared.b32 %r2, [%r1+4096];", "outside of the [0-9]+ bytes of the block"),
+        ("ld.shared.b32 %r2, [%r1+-1024];", "shared offset 0 is below 1024, which belongs to the system"),
         ("ld.shared.b32 %r2, [%r1+8];", "never written"),
         ("shl.b32 %r3, %r0, 2; add.s32 %r3, %r3, %r1; ld.shared.b32 %r2, [%r3];", "never written"),
-        ("st.shared.b32 [%r1+2], %r0;", "not a multiple of 4"),
+        ("st.shared.b32 [%r1+2], %r0;", "not a multiple of the access's 4 bytes"),
     ],
 )
 def test_wrong_accesses(line: str, match: str) -> None:
@@ -596,6 +596,34 @@ ISSUED:
     assert trace.bytes_by_tensor() == {"array0": 1024, "array1": 1024, "array2": 1024}
 
 
+@pytest.mark.parametrize("operation", ["inc", "dec"])
+@pytest.mark.parametrize("kind", ["", "tensor.2d."])
+@each_schedule
+def test_bulk_reductions_that_are_not_simulated_are_refused(operation: str, kind: str, options: Options) -> None:
+    """Whatever the schedule: under "lazy" the copy itself runs when nobody catches what is wrong with an access."""
+    target = aligned((8, 32), np.uint32)
+    name = f"cp.reduce.async.bulk.{kind}global.shared::cta"
+    line = f"{name}.bulk_group.{operation}.u32 [%rd0], [%r1], 256;"
+    if kind:
+        line = f"{name}.{operation}.tile.bulk_group [%rd21, {{0, 0}}], [%r1];"
+    body = f"""
+    mov.b64 %rd20, map0;
+    cvta.param.u64 %rd21, %rd20;
+    shl.b32 %r3, %r0, 5;
+    add.s32 %r3, %r3, %r1;
+    st.shared.v4.b32 [%r3], {{%r0, %r0, %r0, %r0}};
+    st.shared.v4.b32 [%r3+16], {{%r0, %r0, %r0, %r0}};
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    {line}
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0;
+    """
+    tensor = make_map(target, (32, 8), 128, "s32")
+    with pytest.raises(Unsupported, match=f"a bulk reduction by {operation} is not simulated: `cp.reduce"):
+        launch(body, [target], maps=(tensor,), options=options)
+
+
 @each_schedule
 def test_multicast_and_remote_barriers(options: Options) -> None:
     """Block 0 loads for both blocks of the cluster; block 1 tells block 0 when it has read."""
@@ -749,6 +777,20 @@ def test_unknown_flags_of_a_tensor_map_are_refused() -> None:
         changed = bytearray(raw)
         changed[8 + bit // 8] |= 1 << bit % 8
         with pytest.raises(Exception, match="flags"):
+            tma.decode(bytes(changed[:60]))
+    for change, message in (
+        ({8: 0x72}, "flags 0x00046572, of which 0x00046542 is understood"),  # 8 dimensions
+        ({8: 0x92, 9: 0x65}, "elements of type 11, which are not simulated"),
+        ({8: 0x92, 9: 0x61}, "elements of type u32, which are not simulated"),
+        ({28: 1}, r"upper stride bits 0x00000001 \(a stride of 64 GiB or more, or no tensor map\)"),
+        ({52: 1}, "element strides 0x000001, which are not simulated"),
+        ({55: 0x7F}, "a box of 256 bytes and a swizzle of 128 bytes, expected a box as wide as the swizzle"),
+        ({55: 0x1F}, "a box of 64 bytes and a swizzle of 128 bytes, expected a box as wide as the swizzle"),
+    ):
+        changed = bytearray(raw)
+        for place, value in change.items():
+            changed[place] = value
+        with pytest.raises(Exception, match=message):
             tma.decode(bytes(changed[:60]))
 
 

@@ -173,7 +173,7 @@ def test_sums_of_vectors_and_small_numbers(line: str, kind: str, count: int) -> 
 
 def test_a_vector_that_is_not_aligned_is_refused() -> None:
     cells = aligned((16,), np.float32)
-    with pytest.raises(MemoryFault, match="not a multiple of 8"):
+    with pytest.raises(MemoryFault, match="not a multiple of the access's 8 bytes"):
         launch("    red.global.add.v2.f32 [%rd0+4], {%r0, %r0};", [cells])
 
 

@@ -198,9 +198,9 @@ def test_parameters_are_read_through_addresses_in_registers() -> None:
     assert out[:, 0].tolist() == [out.ctypes.data] * 32 and out[:, 1].tolist() == [other.ctypes.data] * 32
     assert out[:, 2].tolist() == [out.ctypes.data, other.ctypes.data] * 16
     assert "parameters" not in trace.bytes_by_tensor()
-    with pytest.raises(MemoryFault, match="are no parameters"):
+    with pytest.raises(MemoryFault, match="lie outside of the parameters"):
         launch("    mov.b64 %rd10, p0;\n    ld.param.v2.b64 {%rd11, %rd12}, [%rd10+16];", [out, other])
-    with pytest.raises(MemoryFault, match="not a multiple of 16"):
+    with pytest.raises(MemoryFault, match="not a multiple of the access's 16 bytes"):
         launch("    mov.b64 %rd10, p0;\n    ld.param.v2.b64 {%rd11, %rd12}, [%rd10+8];", [out, other, other])
 
 
@@ -229,11 +229,45 @@ def test_parameters_are_read_through_addresses_in_registers() -> None:
         "cp.async.bulk.tensor.2d.shared::cta.global.im2col.mbarrier::complete_tx::bytes [%r1], [%rd0, {8, 8}], [8];",
         "red.async.relaxed.cluster.global.add.u32 [%rd0], %r1;",
         "shfl.sync.idx.b64 %rd1, %rd0, 0, 31, -1;",
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.and.f32x2 [%rd0], [%r1], 128;",
+        "add.s32 %r1, {%r0, %r0}, 1;",
+        "add.s32 {%r1, %r2}, %r0, 1;",
     ],
 )
 def test_what_is_not_understood_is_refused_at_load(line: str) -> None:
     with pytest.raises(Unsupported, match=line.split()[0].split(".")[0]):
         launch(f"    {line}", [np.zeros(1, np.uint32)])
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("ld.local.b32 %r1, [%rd0];", "a load from local memory is not simulated"),
+        ("st.local.b32 [%rd0], %r1;", "a store to local memory is not simulated"),
+        ("cvta.local.u64 %rd1, %rd0;", "an address of local memory is not simulated"),
+        ("ld.global.b128 %rd1, [%rd0];", "a load or store of type .b128 is not understood"),
+        ("ld.global.sometimes.b32 %r1, [%rd0];", "modifier .sometimes is not understood"),
+        ("cvt.rn.scaled.f32.s32 %r1, %r0;", "modifier .scaled is not understood"),
+        ("add.relu.s32 %r1, %r0, %r0;", "modifier .relu is not understood"),
+        ("vabsdiff.s32 %r1, %r0, %r0;", "this instruction or one of its modifiers is not understood"),
+        ("add.s32 %r1, {%r0, %r0}, 1;", "an operand of this instruction is of a kind that its rule does not know"),
+        ("add.s32 {%r1, %r2}, %r0, 1;", "a result of this instruction is of a kind that its rule does not know"),
+        ("fma.rn.f64 %rd1, %rd0, %rd0, %rd0;", "a fused product of float64 is not simulated"),
+        (
+            "setp.lt.u32 %p1, %r0, 5;\n    @%p1 bar.sync 0;",
+            "a barrier whose guard differs between lanes is not simulated",
+        ),
+        ("bar.sync %r0, 32;", "a barrier whose number or count differs between lanes is not simulated"),
+        (
+            "setp.lt.u32 %p1, %r0, 5;\n    vote.sync.any.pred %p2, %p1, %r0;",
+            "a vote whose mask differs between lanes is not simulated",
+        ),
+    ],
+)
+def test_a_refusal_names_what_is_not_understood(line: str, told: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        launch(f"    {line}", [np.zeros(1, np.uint32)])
+    assert told in str(caught.value) and line.split("\n")[-1].strip().rstrip(";") in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["bra NOWHERE;", "add.s32 %r1, %unknown, 1;", ".mystery 3;"])

@@ -292,7 +292,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trace\.timeline is empty"):
         draw_timeline(Trace(instructions=10), path)
     crowd = Trace(instructions=10, timeline=[Wait(block, 15, SYNC, 1, 2) for block in range(17)])
-    with pytest.raises(ValueError, match="block names blocks of 272 warps, expected 256 at most"):
+    with pytest.raises(ValueError, match=r"block is \[0, 1, .*\], blocks of 272 warps together, expected 256 at most"):
         draw_timeline(crowd, path, block=range(17))
     assert list(tmp_path.iterdir()) == []
 

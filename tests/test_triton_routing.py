@@ -401,7 +401,7 @@ INDEX = torch.tensor([[0, 1, 2], [3, 2, 1]], dtype=torch.int32)
         ((T2K3.double(), INDEX, T2K3, None, 4), "dscores_TK is float64, expected float32 like prob_TK"),
         ((T2K3, INDEX, T2K3, None, 2), "num_experts is 2, expected at least K = 3"),
         ((T2K3, INDEX, T2K3, torch.zeros(2, 5), 4), r"logits_TE is \(2, 5\), expected \(T, E\) = \(2, 4\)"),
-        ((T2K3, INDEX, T2K3, torch.zeros(2, 4), 4, "sigmoid"), "logits_TE is a tensor, expected None, but for softmax"),
+        ((T2K3, INDEX, T2K3, torch.zeros(2, 4), 4, "sigmoid"), "logits_TE is a tensor, expected None: logits are"),
         ((T2K3, INDEX, T2K3, None, 4, "tanh"), "score_function is 'tanh', expected one of 'softmax'"),
     ],
 )

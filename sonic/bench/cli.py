@@ -66,7 +66,7 @@ def _limit(text: str) -> tuple[str, float]:
     try:
         return name, float(seconds)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected PART=SECONDS") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit, expected PART=SECONDS, such as kernels=120") from None
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ def load_results(path: Path) -> Results:
     found = read_json(file)
     wanted = "a folder of results, its suite.json, or the JSON of a benchmark"
     if not isinstance(found, dict) or not ("parts" in found or "cells" in found):
-        raise argument_error("sonic bench", "compare", f"{path}, which is none", wanted)
+        why = "holds no results" if path.exists() else "does not exist"
+        raise argument_error("sonic bench", "compare", f"{path}, which {why}", wanted)
     if "parts" in found and "stamp" in found:
         records = {record["part"]: record for record in found["parts"]}
         return Results(
@@ -56,7 +57,7 @@ def load_results(path: Path) -> Results:
             {name: faults_of(record["data"]) for name, record in records.items() if name != "environment"},
         )
     if "benchmark" not in found:
-        raise argument_error("sonic bench", "compare", f"{path}, which is none", wanted)
+        raise argument_error("sonic bench", "compare", f"{path}, which holds no results", wanted)
     machine, device = found.get("machine", {}), found.get("device", {})
     device = device if isinstance(device, dict) else {"name": device}
     stamp = {

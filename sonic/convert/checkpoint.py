@@ -76,7 +76,9 @@ def _weights(folder: Path) -> tuple[dict[str, FileTensor | HeldTensor], dict[str
     for name in _WEIGHTS:
         single, index = folder / name, folder / f"{name}.index.json"
         if single.exists() and index.exists():
-            raise argument_error(_WHERE, str(folder), f"with both {single.name} and {index.name}", "one of them")
+            raise argument_error(
+                _WHERE, str(folder), f"a folder with both {single.name} and {index.name}", "one of the two"
+            )
         if index.exists():
             return _shards(folder, index)
         if single.exists():
@@ -102,7 +104,9 @@ def _shards(folder: Path, index: Path) -> tuple[dict[str, FileTensor | HeldTenso
     content = _json_file(index)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise argument_error(_WHERE, str(index), "without a weight_map from keys to files", "one with it")
+        raise argument_error(
+            _WHERE, str(index), "a JSON object without a weight_map", "an index with one from keys to files"
+        )
     tensors: dict[str, FileTensor | HeldTensor] = {}
     metadata: dict[str, str] = {}
     for name in dict.fromkeys(files.values()):
@@ -115,16 +119,16 @@ def _shards(folder: Path, index: Path) -> tuple[dict[str, FileTensor | HeldTenso
             if key in tensors:
                 raise argument_error(_WHERE, f"{key} in {name}", "in another shard too", "every key once")
             if files.get(key) != name:
-                was = f"in {files[key]}" if key in files else "nowhere"
-                raise argument_error(_WHERE, f"{key} in {name}", f"{was} by {index.name}", "the file that holds it")
+                was = f"placed in {files[key]}" if key in files else "not listed"
+                raise argument_error(_WHERE, f"{key} in {name}", f"{was} by {index.name}", f"it to name {name}")
         for key, value in more.items():
             if metadata.setdefault(key, value) != value:
                 was = f"{value!r} in {name} and {metadata[key]!r} in another shard"
-                raise argument_error(_WHERE, f"metadata {key!r}", was, "the same in all")
+                raise argument_error(_WHERE, f"metadata {key!r}", was, "one value in all shards")
         tensors.update(found)
     missing = [key for key in files if key not in tensors]
     if missing:
-        raise argument_error(_WHERE, f"{missing[0]} in {files[missing[0]]}", "missing", f"as {index.name} says")
+        raise argument_error(_WHERE, f"{missing[0]} in {files[missing[0]]}", "missing", f"there, as {index.name} says")
     index_metadata = content.get("metadata")
     return tensors, metadata, dict(index_metadata) if isinstance(index_metadata, dict) else {}
 

@@ -227,7 +227,7 @@ def find_layers(layout: Layout, tensors: Mapping[str, Stored]) -> tuple[list[MoE
             layer, at = layers[here[0].prefix], (here[0].part, here[0].half, here[0].expert)
             other = layer.tensors.setdefault(at, tensors[key])
             if other is not tensors[key]:
-                raise argument_error(_WHERE, key, f"a second {at[0]} of its layer", f"one, and {other.key} is one")
+                raise argument_error(_WHERE, key, f"a second {at[0]} of its layer", f"{other.key} alone")
         else:
             rest.append(key)
     return list(layers.values()), sorted(rest, key=natural)
@@ -268,10 +268,10 @@ def choose_layout(checkpoint: Checkpoint, name: str | None) -> Layout:
         candidates = [found for found in candidates if is_better(found)] or candidates
     if len(candidates) > 1 and len({found[0].name for found in candidates}) > 1:
         names = ", ".join(dict.fromkeys(found[0].name for found in candidates))
-        raise argument_error(_WHERE, "source_format", f"{name}, and the source may be {names}", "one of them by name")
+        raise argument_error(_WHERE, "source_format", name, f"one of {names}: the keys fit each of them")
     if len(candidates) > 1:
-        was = " and ".join(found[0].storage for found in candidates)
-        raise argument_error(_WHERE, "source", f"stored in two ways, {was}", "one")
+        was = " and ".join(repr(found[0].storage) for found in candidates)
+        raise argument_error(_WHERE, "source", f"a model with its experts twice, under {was} keys", "one of the two")
     return candidates[0][0]
 
 

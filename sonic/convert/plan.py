@@ -295,7 +295,7 @@ def _source_order(checkpoint: Checkpoint, layout: Layout, told: str | None) -> s
     in_metadata = checkpoint.metadata.get(_GLU_KEY)
     if in_config and in_metadata and in_config != in_metadata:
         was = f"{in_metadata!r} in the metadata and {in_config!r} in config.json"
-        raise argument_error(_WHERE, "glu_layout", was, "the same, or source_glu_layout=...")
+        raise argument_error(_WHERE, "glu_layout", was, "the same in both, or source_glu_layout=... to decide")
     order = in_metadata or in_config
     if order is None:
         wanted = "source_glu_layout=...: neither metadata nor config.json tell the order of gate and up rows in w1"
@@ -351,8 +351,8 @@ def _refuse_collisions(entries: Iterable[Entry]) -> None:
     for entry in entries:
         other = seen.setdefault(entry.key, entry)
         if other is not entry:
-            was = f"what becomes of {other.sources[0].key} and of {entry.sources[0].key}"
-            raise argument_error(_WHERE, entry.key, was, "a key for each")
+            was = f"the target's name of both {other.sources[0].key} and {entry.sources[0].key}"
+            raise argument_error(_WHERE, entry.key, was, "two names: choose another block_name")
 
 
 # ---------------------------------------------------------------- layers, checked
@@ -363,8 +363,10 @@ def _check_layers(layers: Sequence[MoELayer], expected: dict[str, int]) -> Sizes
     for layer in layers:
         sizes = layer.check(expected)
         if first is not None and sizes != first:
-            was = f"a layer of {sizes}"
-            raise argument_error(_WHERE, layer.prefix.rstrip("."), was, f"{first}, as {layers[0].prefix.rstrip('.')}")
+            names = [name for name in vars(sizes) if getattr(sizes, name) != getattr(first, name)]
+            was, same = (", ".join(f"{name} {getattr(of, name)}" for name in names) for of in (sizes, first))
+            wanted = f"{same}, as {layers[0].prefix.rstrip('.')}"
+            raise argument_error(_WHERE, layer.prefix.rstrip("."), f"a layer with {was}", wanted)
         first = sizes
         expected = {"E": sizes.num_experts, "D": sizes.hidden_size, "N": sizes.intermediate_size}
     assert first is not None, "a layout is only chosen where it finds a layer"

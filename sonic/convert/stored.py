@@ -329,7 +329,7 @@ def write_file(path: Path, tensors: Iterable[Writable], metadata: Mapping[str, s
                 file.write(chunk)
             if file.tell() - begin != tensor.nbytes:
                 was = f"{file.tell() - begin} bytes"
-                raise RuntimeError(f"{_WHERE}: {tensor.key} gave {was}, expected {tensor.nbytes}")
+                raise RuntimeError(f"{_WHERE}: {tensor.key} gave {was} while it was written, expected {tensor.nbytes}")
         file.flush()
         os.fsync(file.fileno())
 

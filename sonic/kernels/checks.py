@@ -114,7 +114,7 @@ def check_topk_bwd(
     check_same(where, ("prob_TK", prob_TK), others, dtype=False)
     if logits_TE is not None:
         if score_function != "softmax" or norm_topk_prob:
-            wanted = "None, but for softmax over all experts without norm_topk_prob"
+            wanted = "None: logits are used only by softmax over all experts without norm_topk_prob"
             raise argument_error(where, "logits_TE", "a tensor", wanted)
         check_shape(where, "logits_TE", logits_TE, T=num_tokens, E=num_experts)
         check_dtype(where, "logits_TE", logits_TE, FLOAT_DTYPES)

@@ -99,7 +99,9 @@ def shard(
         raise argument_error(where, "model", f"a {type(model).__name__}", "a torch.nn.Module")
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
-            raise argument_error(where, "model", f"sharded already ({name or 'the model itself'})", "one that is not")
+            raise argument_error(
+                where, "model", f"sharded already ({name or 'the model itself'})", "a model that is not sharded yet"
+            )
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
     if not isinstance(policy, MixedPrecisionPolicy):
         wanted = "a torch.distributed.fsdp.MixedPrecisionPolicy or None"
@@ -113,7 +115,10 @@ def shard(
     }
     meshes = _meshes(where, mesh, ep_dim)
     if stacks and meshes.ep is not None:
-        wanted = "without: spread a ladder stack's experts by parallelize_moe, and average what is not sharded yourself"
+        wanted = (
+            "a mesh without that dimension; for a ladder stack call parallelize_moe yourself, and average the "
+            "gradients of everything else along it"
+        )
         raise argument_error(where, "mesh", f"one with a dimension {ep_dim!r} for a model with a LadderStack", wanted)
     if isinstance(model, LadderStack) and policy.output_dtype is not None:
         wanted = "None for a LadderStack alone: its output is the stream, in the stream's dtype"
@@ -122,7 +127,9 @@ def shard(
     units = _find_blocks(where, model, layers, blocks, in_stacks)
     if not (layers or stacks or blocks is not None or units):
         was = f"a {type(model).__name__} without a sonic.MoE in it"
-        raise argument_error(where, "model", was, "one with at least one, or blocks= to say what is a unit")
+        raise argument_error(
+            where, "model", was, "a model with at least one sonic.MoE, or blocks= to say what is a unit"
+        )
 
     inside = replace(policy, output_dtype=None)
     outermost = [block for block in units if not any(block in set(other.modules()) - {other} for other in units)]
@@ -191,11 +198,16 @@ def _check_experts(where: str, layers: Mapping[str, MoE], meshes: _Meshes, ep_di
     """Refuse experts that are spread over other ranks than the mesh says."""
     if meshes.ep is not None and not layers:
         was = f"one with a dimension {ep_dim!r} for a model without a sonic.MoE"
-        raise argument_error(where, "mesh", was, "without: nobody here knows how to spread other experts")
+        raise argument_error(
+            where, "mesh", was, "a mesh without that dimension: only sonic.MoE layers can be expert parallel"
+        )
     for name, layer in layers.items():
         if meshes.ep is not None and part_offsets(layer.num_experts, meshes.ep.size())[-2] == layer.num_experts:
-            wanted = f"so many that each of {meshes.ep.size()} ranks has one: torch cannot shard what is empty"
-            raise argument_error(where, name or "model", f"of {layer.num_experts} experts", wanted)
+            wanted = (
+                f"a number that leaves none of the {meshes.ep.size()} {ep_dim!r} ranks without an expert: "
+                "torch cannot shard what is empty"
+            )
+            raise argument_error(where, f"{name or 'model'}.num_experts", layer.num_experts, wanted)
         if layer.parallel is None:
             continue
         spread = layer.parallel.ep
@@ -222,8 +234,9 @@ def _find_blocks(
             raise argument_error(where, "blocks", repr(blocks), wanted)
         found = [one for one in inside if (isinstance(one, blocks) if is_classes else blocks(one))]  # type: ignore
         if not found:
-            was = f"{blocks!r}, of which a {type(model).__name__} has none"
-            raise argument_error(where, "blocks", was, "the blocks of the model")
+            was = f"{blocks!r}, which fits nothing inside a {type(model).__name__}"
+            wanted = "classes (or a function) that at least one module inside the model fits"
+            raise argument_error(where, "blocks", was, wanted)
         return found
     named = {
         name

@@ -161,7 +161,7 @@ def replace_moe(
         routers.append(chosen.train(gate.training))
     choose = getattr(model, "set_experts_implementation", None)
     if not callable(choose):
-        wanted = "a transformers.PreTrainedModel, or one inside it as model"
+        wanted = "a transformers.PreTrainedModel; pass the one inside it"
         raise argument_error(where, "model", f"a {type(model).__name__}", wanted)
     choose(name)
     for (_, gate, experts, _), chosen in zip(blocks, routers, strict=True):
@@ -247,7 +247,8 @@ def _activation(experts: Any) -> str:
     kind = type(experts).__name__
     where, wanted = f"{_MODULE}: {kind}", "one that sonic.ACTIVATIONS has; take experts_implementation='grouped_mm'"
     if getattr(experts, "has_post_expert_norm", False):
-        raise argument_error(where, "has_post_expert_norm", True, "False: there is no norm between experts and sum")
+        no_norm = "False: there is no norm between experts and sum; take experts_implementation='grouped_mm'"
+        raise argument_error(where, "has_post_expert_norm", True, no_norm)
     owner = next(base for base in type(experts).__mro__ if "_apply_gate" in base.__dict__)  # fully_shard adds a class
     own_gate = owner.__name__ if owner.__module__.startswith("transformers.models.") else None
     if experts.has_gate and own_gate in _CLAMPED_GATES:
@@ -255,7 +256,8 @@ def _activation(experts: Any) -> str:
         limit = getattr(experts, "swiglu_limit", None) or getattr(experts, "limit", None)
         if (alpha, limit) != (_OAI_ALPHA, _OAI_LIMIT):
             was = f"clamped at {limit} with alpha {alpha}"
-            raise argument_error(where, "gate", was, f"{_OAI_LIMIT} and {_OAI_ALPHA}: those of swiglu_oai")
+            those = f"{_OAI_LIMIT} and {_OAI_ALPHA}: those of swiglu_oai; take experts_implementation='grouped_mm'"
+            raise argument_error(where, "gate", was, those)
         return "swiglu_oai"
     is_default = type(experts)._apply_gate.__name__ == "_default_apply_gate"
     if experts.has_gate and not is_default and own_gate not in _GATES_OF_ACT_FN:
@@ -366,7 +368,9 @@ def _blocks_of(where: str, model: nn.Module, backend: str | None) -> Iterator[tu
             block_name = block_name.rpartition(".")[0]
         block = model.get_submodule(block_name)
         if hasattr(experts, "sonic_handover"):
-            raise argument_error(where, block_name, "replaced before", "a model as transformers builds it")
+            raise argument_error(
+                where, block_name, "a block that an earlier call replaced", "one as transformers builds it"
+            )
         _activation(experts)
         if getattr(experts, "_is_expert_parallel", False):
             raise argument_error(where, experts_name, "expert-parallel", "all experts here, or enable() alone")
@@ -391,4 +395,4 @@ def _check_router(where: str, argument: str, router: object) -> None:
             where, argument, f"with {', '.join(keys)}", "nothing that the checkpoint would have to hold"
         )
     if getattr(router, "scores_on", "output") != "output":
-        raise argument_error(where, argument, "one with scores_on='input'", "'output'")
+        raise argument_error(where, argument, "one with scores_on='input'", "one with scores_on='output'")

@@ -467,7 +467,7 @@ def set_aux_loss_scale(model: nn.Module, scale: float | Tensor) -> None:
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         was = f"a {type(model).__name__} without a sonic.MoE in it"
-        raise argument_error(where, "model", was, "one with at least one")
+        raise argument_error(where, "model", was, "a model with at least one sonic.MoE")
     for layer in layers:
         layer.aux_loss_scale = scale
 

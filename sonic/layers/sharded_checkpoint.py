@@ -57,7 +57,8 @@ def save(
 
     where, path = "sonic.fsdp.save", Path(path)
     if path.exists():
-        raise argument_error(where, "path", f"{path}, which exists", "a new one: a checkpoint is never written over")
+        wanted = "a path where nothing is yet: a checkpoint is never written over"
+        raise argument_error(where, "path", f"{path}, which exists", wanted)
     try:
         plain = json.loads(json.dumps(dict(extra or {})))
     except TypeError as error:
@@ -180,7 +181,7 @@ def _check_entries(where: str, path: Path, written: Mapping[str, Any], state: Ma
     """Refuse names that are on one side only; of the optimizer's options take those that are on both."""
     for part, values in state.items():
         if part not in written:
-            raise argument_error(where, part, f"given, and {path} has none", "one that was saved, or None")
+            raise argument_error(where, part, "given", f"None, since {path} was saved without an optimizer")
         have = written[part]
         for key in [key for key in values if key.startswith("param_groups.") and part == "optimizer"]:
             if key not in have:
@@ -189,7 +190,7 @@ def _check_entries(where: str, path: Path, written: Mapping[str, Any], state: Ma
         given = {key for key in values if not (part == "optimizer" and key.startswith("param_groups."))}
         if given - wanted:
             was = f"without {_some(given - wanted)}"
-            raise argument_error(where, f"{path} ({part})", was, "all that is to be loaded")
+            raise argument_error(where, f"{path} ({part})", was, f"every entry of the {part} that it is loaded into")
         if wanted - given:
             was = f"without {_some(wanted - given)}"
             raise argument_error(where, f"{part} to load into", was, f"all that {path} holds")

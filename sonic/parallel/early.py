@@ -161,7 +161,9 @@ class EarlyJoin:
         with job.lane or contextlib.nullcontext():
             with torch.no_grad():
                 for entry in job.entries:
-                    added = entry.tensor if entry.is_waited else entry._mailbox.take(aside=job.lane is not None)
+                    added = (
+                        entry.tensor if entry.is_waited else entry._mailbox.take("forward", aside=job.lane is not None)
+                    )
                     if job.lane is not None:
                         job.lane.uses(x, added)
                     x = x + added
@@ -233,7 +235,7 @@ class _EarlyJoin(torch.autograd.Function):
                 "expected one backward per forward"
             )
         with job.lane or contextlib.nullcontext():
-            dn = job.mailbox.take(aside=job.lane is not None)
+            dn = job.mailbox.take("backward", aside=job.lane is not None)
             wanted = [job.x, *(p for p in job.parameters if p.requires_grad)]
             with torch.enable_grad():
                 grads = iter(torch.autograd.grad(job.n, wanted, dn.to(job.n.dtype)))

@@ -69,10 +69,12 @@ def parallelize_moe(
         ValueError: no MoE layer, one that is spread already, meshes or widths that do not fit.
     """
     where = "sonic.parallel.parallelize_moe"
-    if not all(hasattr(moe, name) for name in ("w1", "w2", "b1", "b2", "shared", "glu_layout", "parallel")):
-        raise argument_error(where, "moe", f"a {type(moe).__name__}", "a sonic.MoE")
+    # of the class: a wrapper, such as that of torch.compile, shows the attributes of what is inside
+    if not (hasattr(type(moe), "begin") and hasattr(moe, "parallel") and hasattr(moe, "glu_layout")):
+        raise argument_error(where, "moe", f"a {type(moe).__name__}", "a sonic.MoE, before it is compiled or wrapped")
     if moe.parallel is not None:
-        raise argument_error(where, "moe", "spread over ranks already", "one that is not")
+        wanted = "a layer that was not given to parallelize_moe before"
+        raise argument_error(where, "moe", "spread over ranks already", wanted)
     check_choice(where, "tp_reduce", tp_reduce, REDUCE)
     check_choice(where, "overlap", overlap, ("off", "forward", "full"))
     layout = MoELayout(

@@ -58,7 +58,7 @@ def shard_ladder(
     if not isinstance(stack, LadderStack):
         raise argument_error(where, "stack", f"a {type(stack).__name__}", "a LadderStack")
     if any(isinstance(module, FSDPModule) for module in stack.modules()):
-        raise argument_error(where, "stack", "sharded already", "one that is not")
+        raise argument_error(where, "stack", "sharded already", "a stack that is not sharded yet")
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
     if policy.output_dtype is not None:
         wanted = "None: what leaves a core is summed over the ranks, and then added to the stream in the stream's dtype"

@@ -361,6 +361,7 @@ class Mailbox:
         self.eager_wait = eager_wait  # backward waits as soon as it has issued
         self.log = _LOG.get()
         self._started: Started | None = None
+        self._phase = ""
         self._entry: Any = None
         self._result: Tensor | None = None
 
@@ -375,21 +376,27 @@ class Mailbox:
                 f"sonic.parallel: a second {phase} {self.kind} collective was issued before the first was awaited, "
                 "expected one producer and one consumer of what is in flight"
             )
-        self._started = collective(x)
+        self._started, self._phase = collective(x), phase
         if self.log is not None and self._started.work is not None:
             self._entry = self.log.issued(self.kind, phase, self._started)
         if wait:
             self._result = self._wait()
 
-    def take(self, aside: bool = False) -> Tensor:
-        """Wait, and empty the box; ``aside``: on a side lane."""
+    def take(self, phase: str, aside: bool = False) -> Tensor:
+        """Wait, and empty the box; ``aside``: on a side lane.
+
+        Raises:
+            RuntimeError: the box is empty, or what is in it was issued in the other phase.
+        """
+        if self._phase != phase:
+            raise RuntimeError(f"sonic.parallel: {self.kind} was awaited but never issued, or awaited twice")
+        self._phase = ""
         result, self._result = self._result, None
         return self._wait(aside) if result is None else result
 
     def _wait(self, aside: bool = False) -> Tensor:
         started, self._started = self._started, None
-        if started is None:
-            raise RuntimeError(f"sonic.parallel: {self.kind} was awaited but never issued, or awaited twice")
+        assert started is not None, "what was issued is there"
         entry, self._entry = self._entry, None
         if entry is not None:
             assert self.log is not None, "an entry comes from a log"
@@ -419,14 +426,14 @@ class _Issue(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> Any:
-        return ctx.mailbox.take().to(ctx.dtype), None, None
+        return ctx.mailbox.take("backward").to(ctx.dtype), None, None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, mailbox: Mailbox) -> Tensor:
         ctx.mailbox, ctx.shape = mailbox, tensor.shape
-        result = mailbox.take()
+        result = mailbox.take("forward")
         # a tensor with a history of its own (nothing was sent) cannot be given another
         return result.view_as(result) if result.requires_grad else result
 
@@ -446,7 +453,7 @@ class _GradientWait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> Any:
-        return ctx.mailbox.take().to(ctx.dtype), None
+        return ctx.mailbox.take("backward").to(ctx.dtype), None
 
 
 class _GradientIssue(torch.autograd.Function):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
 from sonic.parallel.compilers import outside_compilers
@@ -75,9 +76,9 @@ def ladderize(
         layers, wiring = config.ladder_layers, config.wiring  # type: ignore[union-attr]
     wired = Wiring.build(len(modules), wiring, layers)
     _check_number_of_layers(where, config, len(modules))
-    for layer, name in zip(modules, wired, strict=True):
+    for index, (layer, name) in enumerate(zip(modules, wired, strict=True)):
         if name in ("farskip", "shortcut") and not hasattr(getattr(layer, mlp), "begin"):
-            wanted = "one for an MLP that is no sonic.MoE: it is run whole"
+            wanted = f"'standard', 'parallel' or 'ladder': the MLP of layer {index} is no sonic.MoE"
             raise argument_error(where, "wiring", repr(name), wanted)
     if tp_mesh is not None:
         for layer in modules:
@@ -109,6 +110,7 @@ class _Run:
     ) -> None:
         self.modules, self.wiring, self.names, self.schedule = list(modules), wiring, names, schedule
         self.is_inside = False  # the forward of the model
+        self.is_recording = False  # that forward, as it began
 
     def parts(self, index: int, wiring: str | None = None) -> Parts:
         layer = self.modules[index]
@@ -122,7 +124,7 @@ class _Begin:
         self.run = run
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.run.is_inside = True
+        self.run.is_inside, self.run.is_recording = True, torch.is_grad_enabled()
 
 
 class _End:
@@ -146,6 +148,9 @@ class _Place:
 class _LadderLayer(nn.Module):
     """In front of a layer's own class: its forward, wired."""
 
+    def __init_subclass__(cls) -> None:
+        """Nothing: that of a base class could put a checkpoint around ``forward`` here."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)  # around a base class that would checkpoint all of it
 
@@ -153,6 +158,7 @@ class _LadderLayer(nn.Module):
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         place: _Place = self.__dict__["_ladder"]
         run, index = place.run, place.index
+        _refuse_checkpointing(run, index, hidden_states)
         kwargs.update(zip(place.argument_names, args, strict=False))
         if self.training and getattr(self, "gradient_checkpointing", False):
             kwargs.update({name: None for name in ("past_key_values", "past_key_value") if name in kwargs})
@@ -178,6 +184,23 @@ class _LadderLayer(nn.Module):
         if not place.returns_tuple:
             return out
         return (out, *(rest or ())) if kwargs.get("output_attentions") else (out,)
+
+
+def _refuse_checkpointing(run: _Run, index: int, hidden_states: Any) -> None:
+    """Refuse a checkpoint around a layer, which breaks the graph that layers share: its gradients would be wrong.
+
+    Raises:
+        ValueError: the layer runs in backward, without its model; or without gradients, and its model has them.
+    """
+    x = hidden_states.x if isinstance(hidden_states, LadderState) else hidden_states
+    if not run.is_inside and torch._C._current_graph_task_id() != -1:
+        was = "run again in backward, as by a checkpoint around it"
+    elif run.is_inside and run.is_recording and x.requires_grad and not torch.is_grad_enabled():
+        was = "run without gradients in a model with them, as by a reentrant checkpoint around it"
+    else:
+        return
+    wanted = "its attention and MLP to be checkpointed instead, see docs/parallel.md"
+    raise argument_error("sonic.parallel.ladderize", f"layer {index}", was, wanted)
 
 
 def _checkpointed(layer: nn.Module, core: Any) -> Callable[..., Any]:
@@ -235,18 +258,17 @@ def _split_linears(
     row: Sequence[str],
 ) -> None:
     for core in cores:
-        kinds = set()
+        found = set()
         for path, module in list(getattr(layer, core).named_modules(prefix=core)):
             name = path.rpartition(".")[2]
             if not isinstance(module, nn.Linear):
                 continue
             if name not in column and name not in row:
                 raise argument_error(where, path, "in neither column nor row", "each linear of a core in one of them")
+            found.add("column" if name in column else "row")
             kind = ColumnParallelLinear if name in column else RowParallelLinear
-            kinds.add(kind)
             parent = layer.get_submodule(path.rpartition(".")[0])
             setattr(parent, name, kind.from_linear(module, tp_mesh, reduce="none"))
-        if kinds != {ColumnParallelLinear, RowParallelLinear}:
-            raise argument_error(
-                where, core, f"{len(kinds)} kinds of linear", "column-parallel ones, then row-parallel"
-            )
+        if found != {"column", "row"}:
+            was = f"without linears of {' and '.join(sorted({'column', 'row'} - found))}"
+            raise argument_error(where, core, was, "some of column, whose outputs are split, and then some of row")

@@ -110,10 +110,16 @@ def _refuse_cut_twice(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         cuts = [placement.dim for placement in placements if hasattr(placement, "dim")]
         strided = [placement.dim for placement in placements[1:] if is_strided(placement)]
         if any(cuts.count(dim) > 1 for dim in strided):
-            wanted = "fully_shard(..., shard_placement_fn=sonic.parallel.fsdp_placement), or glu_layout='interleaved'"
-            raise argument_error(
-                "state_dict", name, f"split block by block and by FSDP in one dimension {placements}", wanted
+            was = (
+                f"split block by block and by FSDP in one dimension {placements}, which torch would put together in a "
+                "wrong order"
             )
+            wanted = "glu_layout='interleaved': a bias has no second dimension to cut"
+            if parameter.ndim > 1:
+                wanted = (
+                    "fully_shard(..., shard_placement_fn=sonic.parallel.fsdp_placement), or glu_layout='interleaved'"
+                )
+            raise argument_error("state_dict", name, was, wanted)
 
 
 @torch.no_grad()

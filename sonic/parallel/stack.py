@@ -93,12 +93,14 @@ class LadderStack(nn.Module):
             check_choice(where, "wiring", wiring, WIRINGS)
             wiring = Wiring((wiring,) * len(self.blocks))
         if len(wiring) != len(self.blocks):
-            raise argument_error(where, "wiring", f"that of {len(wiring)} layers", f"that of {len(self.blocks)}")
+            wanted = f"one for the {len(self.blocks)} blocks of this stack"
+            raise argument_error(where, "wiring", f"for {len(wiring)} layers", wanted)
         for index, (block, name) in enumerate(zip(self.blocks, wiring, strict=True)):
             if not isinstance(block, LadderBlock):
                 raise argument_error(where, f"blocks[{index}]", f"a {type(block).__name__}", "a LadderBlock")
             if name in ("farskip", "shortcut") and not block.parts(name).is_moe:
-                raise argument_error(where, f"wiring[{index}]", repr(name), "one for a dense MLP: it splits an MoE")
+                wanted = "'standard', 'parallel' or 'ladder': the MLP of this block is no sonic.MoE"
+                raise argument_error(where, f"wiring[{index}]", repr(name), wanted)
         self.wiring = wiring
         self.schedule = Schedule(
             ranks_of(where, "tp_mesh", tp_mesh).group,

@@ -144,7 +144,8 @@ def _results(options: argparse.Namespace) -> tuple[list[Table], Any, int, list[S
     modes |= {"--check": options.check, "--constants": options.constants, "--models": options.models}
     chosen = [name for name, is_chosen in modes.items() if is_chosen]
     if len(chosen) > 1:
-        raise argument_error("sonic plan", chosen[1], f"given beside {chosen[0]}", "one of them")
+        wanted = "only one of --best, --sweep, --check, --constants, --models"
+        raise argument_error("sonic plan", chosen[1], f"given beside {chosen[0]}", wanted)
     for name, tables in (("check", check_tables), ("constants", constant_tables), ("models", lambda: [model_table()])):
         if getattr(options, name):
             found = tables()

@@ -82,8 +82,10 @@ class Model:
             if self.num_dense_layers > self.num_layers:
                 wanted = f"at most num_layers = {self.num_layers}"
                 raise argument_error(where, "num_dense_layers", self.num_dense_layers, wanted)
-        if (self.num_dense_layers or not self.num_experts) and not self.intermediate_size:
-            raise argument_error(where, "intermediate_size", 0, "the width of the MLP of the layers without experts")
+        dense = self.num_dense_layers if self.num_experts else self.num_layers
+        if dense and not self.intermediate_size:
+            wanted = f"a positive width: {dense} of {self.num_layers} layers have an MLP without experts"
+            raise argument_error(where, "intermediate_size", 0, wanted)
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) has experts."""
@@ -359,14 +361,15 @@ def model_from_file(path: Path) -> Model:
         check_choice(where, "base", base, tuple(MODELS))
         start = dataclasses.asdict(MODELS[base]) | start
     values = start | fields
-    if "num_heads" in values:
-        values.setdefault("num_kv_heads", values["num_heads"])
-        if isinstance(values.get("hidden_size"), int) and isinstance(values["num_heads"], int) and values["num_heads"]:
-            values.setdefault("head_dim", values["hidden_size"] // values["num_heads"])
     required = [entry.name for entry in dataclasses.fields(Model) if entry.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in values]
+    missing = [name for name in required if name not in values and name not in ("num_kv_heads", "head_dim")]
     if missing:
-        raise argument_error(where, "path", f"{str(path)!r}, which lacks {', '.join(missing)}", "all of them")
+        wanted = 'a value for each, or base="7b" (or another known model)'
+        raise argument_error(where, "path", f"{str(path)!r}, without {', '.join(missing)}", wanted)
+    hidden_size, num_heads = values["hidden_size"], values["num_heads"]
+    values.setdefault("num_kv_heads", num_heads)
+    are_sizes = isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads > 0
+    values.setdefault("head_dim", hidden_size // num_heads if are_sizes else 1)  # Model refuses sizes that are none
     return Model(**values)
 
 

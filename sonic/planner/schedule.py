@@ -152,7 +152,7 @@ def run(tasks: Iterable[Task], interference: float = 0.0) -> Timeline:
     """
     tasks = list(tasks)
     if not interference >= 0:
-        raise argument_error("sonic.planner.run", "interference", repr(interference), "a number of at least 0")
+        raise argument_error("sonic.planner.schedule.run", "interference", repr(interference), "a number of at least 0")
     return _Player(tasks, interference).play()
 
 
@@ -169,7 +169,7 @@ class _Player:
             for before in task.after:
                 if not 0 <= before < number:
                     wanted = f"numbers of tasks before its own, {number}"
-                    raise argument_error("sonic.planner.run", "tasks", f"{task.name} after {before}", wanted)
+                    raise argument_error("sonic.planner.schedule.run", "tasks", f"{task.name} after {before}", wanted)
                 self.readers[before].append(number)
             if task.stream:
                 self.queues.setdefault(task.stream, []).append(number)
@@ -186,7 +186,9 @@ class _Player:
         while True:
             active = self.heads()
             if not active:
-                assert not any(self.queues.values()), "sonic.planner.run: a program whose tasks wait for each other"
+                assert not any(self.queues.values()), (
+                    "sonic.planner.schedule.run: a program whose tasks wait for each other"
+                )
                 break
             self.advance(active)
         busy = {COMPUTE: 0.0, **self.busy}

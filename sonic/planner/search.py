@@ -25,7 +25,7 @@ def meshes(setup: Setup, *, fixed: Sequence[str] = ()) -> Iterator[Setup]:
         fixed: among ``"tp"``, ``"ep"``, ``"shard"`` and ``"recompute"``: what stays as it is in ``setup``.
     """
     for name in fixed:
-        check_choice("sonic.planner.meshes", "fixed", name, ("tp", "ep", "shard", "recompute"))
+        check_choice("sonic.planner.search", "fixed", name, ("tp", "ep", "shard", "recompute"))
     most = 2 * setup.machine.domain
     tps = [setup.tp] if "tp" in fixed else _powers(1, min(most, setup.gpus))
     eps = [setup.ep] if "ep" in fixed else _powers(1, min(setup.gpus, max(1, setup.model.num_experts)))
@@ -60,8 +60,8 @@ def search(setup: Setup, *, fixed: Sequence[str] = ()) -> list[Plan]:
     """
     plans = [plan_setup(found) for found in meshes(setup, fixed=fixed)]
     if not plans:
-        wanted = f"more of them, or a smaller micro_batch: no mesh of {setup.model.name} fits in memory"
-        raise argument_error("sonic.planner.search", "gpus", setup.gpus, wanted)
+        was = f"{setup.gpus}, on which no mesh of {setup.model.name} fits in memory"
+        raise argument_error("sonic.planner.search", "gpus", was, "more GPUs or a smaller micro_batch")
     return sorted(plans, key=lambda plan: -plan.tokens_per_second)
 
 
@@ -85,9 +85,9 @@ def gpu_counts(first: int, last: int) -> list[int]:
     Raises:
         ValueError: no positive integers, or ``last`` below ``first``.
     """
-    check_positive("sonic.planner.sweep", first=first, last=last)
+    check_positive("sonic.planner.gpu_counts", first=first, last=last)
     if last < first:
-        raise argument_error("sonic.planner.sweep", "last", last, f"at least first = {first}")
+        raise argument_error("sonic.planner.gpu_counts", "last", last, f"at least first = {first}")
     return _powers(first, last)
 
 

@@ -95,11 +95,11 @@ class Setup:
         check_choice(where, "optimizer", self.optimizer, tuple(OPTIMIZERS))
         model = self.model
         if self.pp != 1:
-            raise argument_error(where, "pp", self.pp, "1: pipelines are not planned")
+            raise argument_error(where, "pp", self.pp, "1, since pipelines are not planned")
         if self.gpus % (self.tp * self.ep):
             raise argument_error(where, "gpus", self.gpus, f"a multiple of tp * ep = {self.tp * self.ep}")
         if self.ep > 1 and not model.num_experts:
-            raise argument_error(where, "ep", self.ep, f"1: {model.name} has no experts")
+            raise argument_error(where, "ep", self.ep, f"1, since {model.name} has no experts")
         if self.ep > 1 and model.num_experts % self.ep:
             raise argument_error(where, "ep", self.ep, f"a divisor of num_experts = {model.num_experts}")
         widths = {

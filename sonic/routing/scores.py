@@ -232,7 +232,8 @@ def detached_source(where: str, source: Source | None) -> tuple[Tensor | None, T
     if source is None:
         return None, None, None
     if not isinstance(source, tuple) or len(source) not in (2, 3):
-        raise argument_error(where, "source", f"a {type(source).__name__}", "a tuple (x, weight) or (x, weight, bias)")
+        was = f"a tuple of {len(source)}" if isinstance(source, tuple) else f"a {type(source).__name__}"
+        raise argument_error(where, "source", was, "a tuple (x, weight) or (x, weight, bias)")
     bias_E = source[2] if len(source) == 3 else None
     return source[0].detach(), source[1].detach(), None if bias_E is None else bias_E.detach()
 

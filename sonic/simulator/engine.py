@@ -281,8 +281,8 @@ class Engine:
             self.perform_one()
         if self.trace.instructions > self.options.step_budget:
             raise Deadlock(
-                f"sonic.simulator: {self.trace.instructions} warp instructions and no end: a spin that nothing ends?\n"
-                + self.report()
+                f"sonic.simulator: {self.trace.instructions} warp instructions and no end: a spin that nothing ends? "
+                f"raise step_budget if the launch is that long\n{self.report()}"
             )
 
     def demote(self, indices: list[int], extra: Group) -> None:

@@ -425,7 +425,7 @@ def emit_cvta(e: Emitter, made: Instruction) -> None:
     take(made, ("to", "param", "shared", "shared::cta", "shared::cluster", "global", "const", "local", "u64", "u32"))
     d, a = made.operands
     if "local" in made.parts:
-        raise refuse(made, "local memory")
+        raise refuse(made, "an address of local memory is not simulated")
     kind = made.parts[-1]
     if wants_scalar(e, made):
         e.write(d, e.scalar(a, bits_of(kind)), kind)

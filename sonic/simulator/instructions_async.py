@@ -24,6 +24,7 @@ from .instructions_copies import (
 from .instructions_memory import vector_address
 from .mbarrier import MBarrier, MBarrierError
 from .ptx import Addr, Imm, Instruction, Operand, Reg, Sink, Vec
+from .tma import REDUCTIONS
 
 for _function in (
     launch_bulk,
@@ -289,8 +290,6 @@ def emit_getctarank(e: Emitter, made: Instruction) -> None:
 
 # ---------------------------------------------------------------- copies
 
-_REDUCTIONS = ("add", "min", "max", "and", "or", "xor", "inc", "dec")
-
 
 @emits("cp")
 def emit_cp(e: Emitter, made: Instruction) -> None:
@@ -327,9 +326,11 @@ def _emit_bulk(e: Emitter, made: Instruction, parts: list[str], reduces: bool) -
     rest = [part for part in rest if part != "multicast::cluster"]
     operation, element = None, None
     if reduces:
-        operation = next((part for part in rest if part in _REDUCTIONS), None)
+        operation = next((part for part in rest if part in (*REDUCTIONS, "inc", "dec")), None)
         if operation is None:
             raise refuse(made)
+        if operation not in REDUCTIONS:
+            raise refuse(made, f"a bulk reduction by {operation} is not simulated")
         rest.remove(operation)
         if not rank and rest[-1:] and rest[-1] in ("f16", "bf16", "f32", "f64", "u32", "s32", "u64", "s64"):
             element = rest.pop()

@@ -69,8 +69,10 @@ def all_uniform(made: Instruction, uniform: Callable[[Operand], bool]) -> bool:
     return all(uniform(operand) for operand in made.operands[1:])
 
 
-def refuse(made: Instruction, why: str = "this instruction or modifier is not understood") -> Unsupported:
+def refuse(made: Instruction, why: str = "") -> Unsupported:
     """The error for anything that is not understood."""
+    if not why:
+        return refuse(made, "this instruction or one of its modifiers is not understood")
     return Unsupported(f"sonic.simulator: {why}: {made.where()}")
 
 
@@ -78,7 +80,7 @@ def take(made: Instruction, known: Sequence[str]) -> list[str]:
     """Modifiers behind the opcode; one that is not in ``known`` is refused."""
     for part in made.parts[1:]:
         if part not in known:
-            raise refuse(made, f"modifier .{part}")
+            raise refuse(made, f"modifier .{part} is not understood")
     return made.parts[1:]
 
 
@@ -183,7 +185,7 @@ class Emitter:
             return f"(w.cta.symbols[{operand.name!r}] + {operand.offset})"
         if isinstance(operand, Special):
             return self.special(operand)
-        raise Unsupported(f"sonic.simulator: operand {operand}")
+        raise self.refuse_operand("an operand")
 
     def special(self, operand: Special) -> str:
         """A machine register."""
@@ -200,6 +202,11 @@ class Emitter:
     def typed(self, operand: Operand, kind: str) -> str:
         """Uniform operand as the number that ``kind`` (``u32``, ``s64``...) says."""
         return self.signed(operand, int(kind[1:])) if kind[0] == "s" else self.scalar(operand, bits_of(kind))
+
+    def refuse_operand(self, what: str) -> Unsupported:
+        """The error for a vector, a pair or an address where the rule of an instruction wants something else."""
+        made = self.program.kernel.instructions[self.pc]
+        return refuse(made, f"{what} of this instruction is of a kind that its rule does not know")
 
     def constant(self, value: int, kind: str, lanes: bool = True) -> str:
         """A constant array (32 lanes), made once per program."""
@@ -272,7 +279,7 @@ class Emitter:
         """Assign a result of type ``kind``; for a uniform register ``expression`` is the unsigned integer."""
         if not isinstance(operand, Reg):
             if type(operand).__name__ != "Sink":
-                raise Unsupported(f"sonic.simulator: result {operand}")
+                raise self.refuse_operand("a result")
             self.line(expression)
             return
         index = operand.index

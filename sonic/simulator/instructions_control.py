@@ -258,7 +258,7 @@ def emit_bar(e: Emitter, made: Instruction) -> None:
         e.ended = False
         return
     if made.guard is not None and not e.program.uniform[made.guard.index]:
-        raise refuse(made, "a barrier that only some lanes of a warp reach")
+        raise refuse(made, "a barrier whose guard differs between lanes is not simulated")
     if made.parts[0] == "barrier" and parts[:1] == ["cluster"]:
         _emit_cluster(e, made, parts[1:])
         return
@@ -267,7 +267,7 @@ def emit_bar(e: Emitter, made: Instruction) -> None:
         raise refuse(made)
     operands = made.operands
     if not all(e.is_uniform(operand) for operand in operands):
-        raise refuse(made, "a barrier whose number differs between lanes")
+        raise refuse(made, "a barrier whose number or count differs between lanes is not simulated")
     number = e.scalar(operands[0])
     count = e.scalar(operands[1]) if len(operands) > 1 else "-1"
     emit_meeting(e, made)

@@ -174,7 +174,7 @@ def _global_side(w: Any, copy: BulkCopy, values: list[int]) -> GlobalSide:
     if copy.rank:
         tensor = _tensor(w, address)
         if len(tensor.dims) != copy.rank:
-            raise Fault(f"a tensor map of {len(tensor.dims)} dimensions, expected {copy.rank}")
+            raise Fault(f"the tensor map has {len(tensor.dims)} dimensions, the instruction {copy.rank} coordinates")
         part = tma.window(w.engine.memory, tensor, tuple(_signed(value) for value in values[2 : 2 + copy.rank]))
         name = part.stretch.name if part.stretch is not None else OUTSIDE
         return GlobalSide(
@@ -210,7 +210,7 @@ def _destinations(w: Any, pc: int, address: int, barrier: int, mask: int | None)
             cta, offset = w.place(address & 0xFFFFFF | rank << 24, pc, 16, 16)
             found.append((cta, offset, _signalled(w, barrier & 0xFFFFFF | rank << 24, pc)))
     if not found:
-        raise Fault("multicast to no block")
+        raise Fault("a multicast with mask 0, which names no block")
     return found
 
 

@@ -278,7 +278,7 @@ def arithmetic(e: Emitter, made: Instruction) -> None:
         raise refuse(made)
     if root == "fma":
         if kind == "f64":
-            raise refuse(made, "a fused product of float64")
+            raise refuse(made, "a fused product of float64 is not simulated")
         text = f"fused({x[0]}, {x[1]}, {x[2]})"
         if rounding != "rn":
             text = f"directed({x[0]}, {x[1]}, {x[2]}, {rounding!r})"
@@ -429,7 +429,7 @@ def emit_cvt(e: Emitter, made: Instruction) -> None:
     known = (*ROUNDINGS, *_TO_INTEGER, "ftz", "sat", "satfinite", "rna", "relu", "pack")
     for mod in mods:
         if mod not in known or mod == "pack" or (mod == "relu" and (source != "f32" or "f16" not in target)):
-            raise refuse(made, f"modifier .{mod}")
+            raise refuse(made, f"modifier .{mod} is not understood")
     if target in _INTEGER_KINDS and source in _INTEGER_KINDS:
         _integer_to_integer(e, made, d, sources[0], target, source, mods)
     elif target in ("bf16", "f16") and source == "f32" and "relu" in mods:

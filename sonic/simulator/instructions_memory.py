@@ -117,7 +117,7 @@ def load_global_one(w: Any, g: Group, pc: int, address: int, size: int, count: i
     try:
         stretch = w.engine.memory.find(address, total)
         if address % total:
-            raise Fault(f"0x{address:x} is not a multiple of {total} bytes")
+            raise Fault(f"address 0x{address:x} is not a multiple of the access's {total} bytes")
     except Fault as fault:
         raise w.fault(MemoryFault, pc, str(fault)) from None
     w.engine.trace.add("ld.global", stretch.name, 1, total, 1)
@@ -142,9 +142,9 @@ def load_param_at(w: Any, g: Group, pc: int, addresses: Any, size: int, count: i
         address = int(addresses) if is_one else addresses.item(lane)
         offset = address - start
         if not 0 <= offset <= len(bank) - total:
-            raise w.fault(MemoryFault, pc, f"{total} bytes at 0x{address:x} are no parameters")
+            raise w.fault(MemoryFault, pc, f"{total} bytes at 0x{address:x} lie outside of the parameters")
         if address % total:
-            raise w.fault(MemoryFault, pc, f"0x{address:x} is not a multiple of {total} bytes")
+            raise w.fault(MemoryFault, pc, f"address 0x{address:x} is not a multiple of the access's {total} bytes")
         rows[lane] = np.frombuffer(bank, UNITS[size], count, offset)
     return rows[0].tolist() if is_one else list(np.ascontiguousarray(rows.T))
 
@@ -162,15 +162,16 @@ def pattern_of(w: Any, pc: int, addresses: np.ndarray, size: int) -> tuple[Share
             if len(engine.patterns) > 50000:
                 engine.patterns.clear()
             found = engine.patterns[key] = Pattern(addresses, size, w.cta.cluster.num_ctas)
-            if found.index.min() * size < engine.shared_start:
-                raise Fault(f"shared memory below offset {engine.shared_start} belongs to the system")
+            first = int(found.index.min()) * size
+            if first < engine.shared_start:
+                raise Fault(f"shared offset {first} is below {engine.shared_start}, which belongs to the system")
         cta = w.cta if found.rank == w.cta.rank else w.cta.cluster.ctas[found.rank]
         if found.end > cta.shared.size:
             cta.shared.check_range(found.end - size, size)
     except Fault as fault:
         raise w.fault(MemoryFault, pc, str(fault)) from None
     if cta.finished:
-        raise w.fault(MemoryFault, pc, f"shared memory of block {cta.index}, which has ended")
+        raise w.fault(MemoryFault, pc, f"access to shared memory of block {cta.index}, which has ended")
     return cta.shared, cta.checker, found
 
 
@@ -262,7 +263,7 @@ def is_shared(w: Any, g: Group, pc: int, addresses: np.ndarray) -> bool:
     """Whether generic addresses lie in the window of shared memory; they may not be mixed."""
     below = (addresses < np.uint64(1 << 32))[g.mask]
     if below.any() != below.all():
-        raise w.fault(MemoryFault, pc, "one instruction with addresses in shared and in global memory")
+        raise w.fault(MemoryFault, pc, "one access with addresses in shared memory and in global memory")
     return bool(below[0])
 
 
@@ -278,10 +279,10 @@ def _split(made: Instruction) -> tuple[str, int, str]:
         elif part in ("v2", "v4"):
             count = int(part[1])
         elif part not in HINTS:
-            raise refuse(made, f"modifier .{part}")
+            raise refuse(made, f"modifier .{part} is not understood")
     kind = made.parts[-1]
     if kind not in ("b8", "u8", "s8", "b16", "u16", "s16", "b32", "u32", "s32", "b64", "u64", "s64", "f32", "f64"):
-        raise refuse(made, f"type .{kind}")
+        raise refuse(made, f"a load or store of type .{kind} is not understood")
     if bits_of(kind) // 8 * count > 16:
         raise refuse(made)
     return space.replace("shared::cta", "shared").replace("shared::cluster", "shared"), count, kind
@@ -301,7 +302,7 @@ def emit_ld(e: Emitter, made: Instruction) -> None:
     assert isinstance(source, Addr), f"address of {made.where()}"
     size = bits_of(kind) // 8
     if space in ("const", "local"):
-        raise refuse(made, f"{space} memory")
+        raise refuse(made, f"a load from {space} memory is not simulated")
     if isinstance(source.base, Sym) and source.base.name in e.program.param_offsets:
         offset = e.program.param_offsets[source.base.name] + source.base.offset + source.offset
         texts = [f"load_param(w, {offset + n * size}, {size})" for n in range(count)]
@@ -339,7 +340,9 @@ def emit_st(e: Emitter, made: Instruction) -> None:
         return
     space, count, kind = _split(made)
     target, source = made.operands[:2]
-    if space in ("const", "local", "param") or not isinstance(target, Addr):
+    if space in ("const", "local", "param"):
+        raise refuse(made, f"a store to {space} memory is not simulated")
+    if not isinstance(target, Addr):
         raise refuse(made)
     size = bits_of(kind) // 8
     sources = source.items if isinstance(source, Vec) else (source,)
@@ -468,7 +471,7 @@ def _atomic_parts(made: Instruction) -> tuple[str, str, str, int]:
         elif part in ("v2", "v4"):
             count = int(part[1])
         elif part not in HINTS:
-            raise refuse(made, f"modifier .{part}")
+            raise refuse(made, f"modifier .{part} is not understood")
     kind = plain(made.parts[-1])
     if made.parts[-1] not in ("u32", "s32", "u64", "s64", "b32", "b64", "f32", "f64") or not operation:
         raise refuse(made)

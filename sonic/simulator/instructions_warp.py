@@ -121,7 +121,7 @@ def emit_vote(e: Emitter, made: Instruction) -> None:
         raise refuse(made)
     d, a, member = made.operands
     if not e.is_uniform(member):
-        raise refuse(made, "lanes that vote apart")
+        raise refuse(made, "a vote whose mask differs between lanes is not simulated")
     emit_meeting(e, made, e.scalar(member))
     p = e.scalar(a, 1) if e.is_uniform(a) else e.vector(a, "b1")
     kind = "u32" if made.parts[2] == "ballot" else "b1"

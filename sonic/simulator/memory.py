@@ -112,7 +112,7 @@ class GlobalMemory:
             rest = (offset & np.uint64(size - 1)).tobytes()
             if rest != bytes(len(rest)):
                 bad = int(addresses[(offset & np.uint64(size - 1)) != 0][0])
-                raise Fault(f"0x{bad:x} is not a multiple of {size} bytes")
+                raise Fault(f"address 0x{bad:x} is not a multiple of the access's {size} bytes")
             offset = offset >> np.uint64(size.bit_length() - 1)
         return stretch, offset.view(np.int64)
 
@@ -139,12 +139,11 @@ class Pattern:
         self.rank = int(ranks[0])
         if self.rank >= num_ranks or (ranks != ranks[0]).any():
             shown = ", ".join(f"0x{address:x}" for address in sorted(set(addresses.tolist()))[:4])
-            raise Fault(f"shared addresses {shown}... are in no one block of the cluster")
+            raise Fault(f"the lanes' shared addresses {shown} lie in different blocks of the cluster, or in none")
         offsets = (addresses & np.uint32(0xFFFFFF)).astype(np.int64)
         if (offsets & (size - 1)).any():
-            raise Fault(
-                f"shared address 0x{int(addresses[(offsets & (size - 1)) != 0][0]):x} is not a multiple of {size}"
-            )
+            bad = int(addresses[(offsets & (size - 1)) != 0][0])
+            raise Fault(f"shared address 0x{bad:x} is not a multiple of the access's {size} bytes")
         self.index = offsets // size
         self.end = int(offsets.max()) + size
         words = np.unique(offsets[:, None] // 4 + np.arange(max(size // 4, 1)))
@@ -177,7 +176,8 @@ class SharedMemory:
     def check_range(self, offset: int, num_bytes: int) -> None:
         """Raise ``Fault`` for a stretch outside of the block's shared memory."""
         if offset < 0 or offset + num_bytes > self.size:
-            raise Fault(f"shared memory {offset}..{offset + num_bytes} of a block that has {self.size} bytes")
+            end = offset + num_bytes
+            raise Fault(f"access to shared offsets {offset} to {end}, outside of the {self.size} bytes of the block")
 
     def note_written(self, words: Any, data: bytes) -> None:
         """Remember words that are written with all bits set; ``words`` is an index or slice of words."""

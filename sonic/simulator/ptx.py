@@ -264,7 +264,10 @@ class _Parser:
         if match["init"]:
             values = split_top(match["init"].strip().strip("{}"))
             if not all(_INTEGER.match(value) for value in values):
-                raise ParseError(f"sonic.simulator: line {self.line_of(position)}: initial value of `{match['name']}`")
+                name, line = match["name"], self.line_of(position)
+                raise ParseError(
+                    f"sonic.simulator: line {line}: cannot read the initial value of `{name}`: integers only"
+                )
             data = b"".join((_integer(value) % (1 << 8 * size)).to_bytes(size, "little") for value in values)
             count = max(count, len(values))
         return Variable(match["name"], match["space"], size * count, int(match["align"] or size), data)
@@ -431,7 +434,7 @@ class _Parser:
         if text.startswith("!"):
             found = self.operand(kernel, scope, text[1:].strip(), made)
             if not isinstance(found, Reg):
-                raise ParseError(f"sonic.simulator: `{text}` in {made.where()}")
+                raise ParseError(f"sonic.simulator: cannot negate `{text[1:].strip()}` in {made.where()}")
             return Reg(found.index, found.width, found.name, True)
         if "|" in text:
             first, second = text.split("|")

@@ -272,11 +272,12 @@ def timeline_figure(trace: Trace, *, block: int | Sequence[int] = 0) -> Any:
 def _lines(bars: Sequence[Bar], links: Sequence[Link]) -> tuple[dict[Line, float], dict[Line, str]]:
     """Height and name of each line, from top to bottom: for each block its warps, then the work that ended waits."""
     warps = list(dict.fromkeys((bar.block, bar.warp) for bar in bars))
+    blocks = list(dict.fromkeys(block for block, _ in warps))
     if len(warps) > MOST_LINES:
         raise ValueError(
-            f"sonic.simulator.timeline: block names blocks of {len(warps)} warps, expected {MOST_LINES} at most"
+            f"sonic.simulator.timeline: block is {blocks}, blocks of {len(warps)} warps together, "
+            f"expected {MOST_LINES} at most"
         )
-    blocks = list(dict.fromkeys(block for block, _ in warps))
     lines: list[Line] = []
     for number in blocks:
         lines += [line for line in warps if line[0] == number]

@@ -31,6 +31,8 @@ ELEMENTS = {
 SEEN = (0, 2, 4, 6, 7, 9, 10)
 # Set where the tensor takes 128 KiB or more; it changes nothing about what is copied.
 LARGE = 1 << 21
+# What `reduced` can do.
+REDUCTIONS = ("add", "min", "max", "and", "or", "xor")
 SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 _RAW: dict[int, Any] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
@@ -75,13 +77,18 @@ def decode(raw: bytes) -> TensorMap:
     rank = (flags >> 4 & 7) + 1
     kind = flags >> 7 & 15
     swizzle = flags >> 13 & 3
-    known = 2 | (rank - 1) << 4 | kind << 7 | swizzle << 13 | 0x04 << 16 | flags & LARGE
-    if flags != known or rank > 5 or kind not in SEEN:
+    known = 2 | (min(rank, 5) - 1) << 4 | kind << 7 | swizzle << 13 | 0x04 << 16 | flags & LARGE
+    if flags != known:
         raise Fault(f"tensor map with flags 0x{flags:08x}, of which 0x{known:08x} is understood")
+    if kind not in SEEN:
+        name, _ = ELEMENTS.get(kind, (str(kind), 0))
+        raise Fault(f"tensor map with elements of type {name}, which are not simulated")
     if words[7]:
-        raise Fault(f"tensor map with upper stride bits 0x{words[7]:08x}")
+        raise Fault(
+            f"tensor map with upper stride bits 0x{words[7]:08x} (a stride of 64 GiB or more, or no tensor map)"
+        )
     if words[13] & 0xFFFFFF:
-        raise Fault(f"tensor map with element strides 0x{words[13] & 0xFFFFFF:06x}")
+        raise Fault(f"tensor map with element strides 0x{words[13] & 0xFFFFFF:06x}, which are not simulated")
     element, size = ELEMENTS[kind]
     dims = tuple(word + 1 for word in words[8 : 8 + rank])
     strides = (size, *(word << 4 for word in words[3 : 2 + rank]))
@@ -91,10 +98,12 @@ def decode(raw: bytes) -> TensorMap:
     inner = box[0] * size
     if inner % 16:
         raise Fault(f"tensor map whose box is {inner} bytes wide, expected a multiple of 16")
-    if made.swizzle and inner != made.swizzle and any(extent > 1 for extent in box[1:]):
-        raise Fault(f"tensor map with a box of {inner} bytes and a swizzle of {made.swizzle} bytes")
-    if made.swizzle and inner > made.swizzle:
-        raise Fault(f"tensor map with a box of {inner} bytes and a swizzle of {made.swizzle} bytes")
+    is_odd = inner > made.swizzle or (inner < made.swizzle and any(extent > 1 for extent in box[1:]))
+    if made.swizzle and is_odd:
+        raise Fault(
+            f"tensor map with a box of {inner} bytes and a swizzle of {made.swizzle} bytes, expected a box as wide as "
+            "the swizzle"
+        )
     if address % 16:
         raise Fault(f"tensor map of address 0x{address:x}, expected a multiple of 16")
     return made
@@ -127,7 +136,7 @@ def replace(raw: bytes, field: str, ordinal: int, value: int) -> bytes:
         words[8 + ordinal] = value - 1 & 0xFFFFFFFF
     elif field == "global_stride":
         if value % 16 or value >> 36:
-            raise Fault(f"tensormap.replace of a stride by {value}")
+            raise Fault(f"tensormap.replace of a stride by {value}, expected a multiple of 16 below 64 GiB")
         words[3 + ordinal] = value >> 4
     elif field == "box_dim" and ordinal == 0:
         words[13] = words[13] & 0xFFFFFF | (value - 1 & 255) << 24
@@ -209,12 +218,11 @@ def write_box(tensor: TensorMap, part: Window, granules: np.ndarray, operation: 
 
 
 def reduced(element: str, operation: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """``old`` combined with ``new``, both as raw bits of a type."""
+    """``old`` combined with ``new``, both as raw bits of a type, by one of ``REDUCTIONS``."""
+    assert operation in REDUCTIONS, f"{operation} is refused when an instruction is translated"
     raw = old.dtype
     if operation in ("and", "or", "xor"):
         return {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[operation](old, new)
-    if operation not in ("add", "min", "max"):
-        raise Fault(f"bulk reduction {operation}")
     call = {"add": np.add, "min": np.minimum, "max": np.maximum}[operation]
     if element == "bf16":
         from .instructions_float import from_bf16, to_bf16

@@ -104,13 +104,15 @@ class Warp:
         if offset % align:
             raise self.fault(MemoryFault, pc, f"shared offset {offset} is not a multiple of {align}")
         if offset < SHARED_START:
-            raise self.fault(MemoryFault, pc, f"shared offset {offset} belongs to the system")
+            raise self.fault(
+                MemoryFault, pc, f"shared offset {offset} is below {SHARED_START}, which belongs to the system"
+            )
         try:
             cta.shared.check_range(offset, num_bytes)
         except Fault as fault:
             raise self.fault(MemoryFault, pc, str(fault)) from None
         if cta.finished:
-            raise self.fault(MemoryFault, pc, f"shared memory of block {cta.index}, which has ended")
+            raise self.fault(MemoryFault, pc, f"access to shared memory of block {cta.index}, which has ended")
         return cta, offset
 
     def barrier(self, address: int, pc: int) -> MBarrier:

@@ -39,7 +39,7 @@ def parse_descriptor(descriptor: int, rows: int, size: int, is_k_major: bool) ->
     if unknown:
         raise Fault(f"matrix descriptor 0x{descriptor:016x}, of which bits 0x{unknown:x} are not understood")
     if not is_k_major and size != 2:
-        raise Fault("an operand of 8 or 32 bits whose rows are not along k")
+        raise Fault("an operand of 8 or 32 bits whose rows are not along k: wgmma takes those along k only")
     return start, Layout(rows, size, is_k_major, leading, stride, swizzle)
 
 

@@ -36,6 +36,7 @@ from sonic.compat.scattermoe.kernels.ops import (
     with_zero,
 )
 from sonic.kernels import ops
+from sonic.routing.scores import check_within
 from sonic.shapes import argument_error, check_dtype, check_integer, check_positive, check_same, check_shape
 
 __all__ = [
@@ -60,17 +61,16 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
         expert_offsets (E,) int64, last row + 1 of each expert.
 
     Raises:
-        ValueError: no integer tensor; on a CPU also an index out of range.
+        ValueError: no integer tensor; an index out of range (on a GPU and in a compiled graph an assertion of the
+            device).
     """
     where = "scattermoe.flatten_sort_count"
     check_positive(where, num_experts=num_experts)
     sorted_expert_idxs, sorted_scattered_idxs = flatten_and_sort(expert_idxs)
-    if expert_idxs.device.type == "cpu" and not torch.compiler.is_compiling() and expert_idxs.numel():
-        low, high = int(sorted_expert_idxs[0]), int(sorted_expert_idxs[-1])
-        if low < 0 or high >= num_experts:
-            raise argument_error(where, "expert_idxs", f"from {low} to {high}", f"0 <= index < {num_experts}")
-    last_E = torch.arange(num_experts, dtype=expert_idxs.dtype, device=expert_idxs.device)
-    expert_offsets = torch.searchsorted(sorted_expert_idxs, last_E, right=True)
+    wide_R = sorted_expert_idxs.long()  # E need not be a number of the indices' own dtype
+    check_within(where, "expert_idxs", wide_R, "num_experts", num_experts)
+    last_E = torch.arange(num_experts, device=expert_idxs.device)
+    expert_offsets = torch.searchsorted(wide_R, last_E, right=True)
     return sorted_expert_idxs, sorted_scattered_idxs, expert_offsets
 
 

@@ -40,10 +40,11 @@ def is_glu(activation_type: ActivationType | str) -> bool:
     return getattr(activation_type, "value", activation_type) in _GATED
 
 
-def name_of_activation(where: str, activation_type: object) -> str:
+def name_of_activation(where: str, activation_type: object, argument: str = "activation_type") -> str:
     """The name in ``sonic.ACTIVATIONS`` of a member of :class:`ActivationType`, or of its value.
 
-    Members of another enumeration with these values, such as the real package's own, are taken too.
+    Members of another enumeration with these values, such as the real package's own, are taken too. ``argument`` is how
+    the caller knows it.
 
     Raises:
         ValueError: it is no such activation.
@@ -52,5 +53,5 @@ def name_of_activation(where: str, activation_type: object) -> str:
     known = tuple(member.value for member in ActivationType)
     if value not in known:
         wanted = "an ActivationType, or one of " + ", ".join(repr(name) for name in known)
-        raise argument_error(where, "activation_type", repr(activation_type), wanted)
+        raise argument_error(where, argument, repr(activation_type), wanted)
     return _NAMES.get(value, value)

@@ -167,5 +167,5 @@ def _experts_first(
     check_shape(where, "w2", w2, H=hidden_size, I=None, E=num_experts)
     if (b1 is None) != (b2 is None):
         given, missing = ("b2", "b1") if b1 is None else ("b1", "b2")
-        raise argument_error(where, missing, "None", f"a bias, since {given} is one: both or none")
+        raise argument_error(where, missing, f"None beside a {given}", "both or neither")
     return w1.permute(2, 0, 1), w2.permute(2, 0, 1)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sonic.routing.plan import RoutingPlan
+from sonic.routing.scores import check_within
 from sonic.shapes import argument_error, check_dtype, check_positive, check_shape
 
 __all__ = [
@@ -45,7 +46,7 @@ def count_cumsum(x: Tensor, E: int, do_cumsum: bool = True) -> Tensor | tuple[Te
         count (E,) int32, or (count, cumsum) with ``cumsum[e] = count[0] + … + count[e]``.
 
     Raises:
-        ValueError: shape or dtype; on a CPU also a value out of range (a device-side assertion elsewhere).
+        ValueError: shape or dtype; a value out of range (on a GPU and in a compiled graph an assertion of the device).
     """
     count_E = counts(x, E)
     return (count_E, count_E.cumsum(0, dtype=torch.int32)) if do_cumsum else count_E
@@ -61,10 +62,7 @@ def counts(x: Tensor, E: int) -> Tensor:
     check_positive(where, E=E)
     check_shape(where, "x", x, P=None)
     check_dtype(where, "x", x, (torch.int32, torch.int64))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
-        low, high = (int(bound) for bound in torch.aminmax(x))
-        if low < 0 or high >= E:
-            raise argument_error(where, "x", f"from {low} to {high}", f"0 <= x < E = {E}")
+    check_within(where, "x", x, "E", E)
     index_P = x.long()
     count_E = torch.zeros(E, dtype=torch.int32, device=x.device)
     return count_E.scatter_add_(0, index_P, torch.ones_like(index_P, dtype=torch.int32))

@@ -95,7 +95,7 @@ class MoE(nn.Module):
         check_positive(where, num_experts=num_experts, intermediate_size=intermediate_size)
         if num_experts_per_tok > num_experts:
             raise argument_error(where, "num_experts_per_tok", num_experts_per_tok, f"at most E = {num_experts}")
-        name_of_activation(where, activation_function)
+        name_of_activation(where, activation_function, "activation_function")
         self.num_experts, self.top_k = num_experts, num_experts_per_tok
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation_function = activation_function

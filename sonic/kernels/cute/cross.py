@@ -248,7 +248,7 @@ def _disassembled(cubin: bytes, path: Path) -> str:
     path.write_bytes(cubin)
     done = subprocess.run([_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True)
     if done.returncode or not _INSTRUCTION.search(done.stdout):
-        raise RuntimeError(f"sonic: nvdisasm told nothing: {done.stderr}")
+        raise RuntimeError(f"sonic: nvdisasm did not report instructions; it said: {done.stderr}")
     return done.stdout
 
 

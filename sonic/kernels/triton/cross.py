@@ -346,7 +346,7 @@ def _usage_of_cubin(cubin: bytes) -> tuple[int, int]:
         done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
     usage = [tuple(map(int, found)) for found in _USAGE.findall(done.stdout)]
     if done.returncode or not usage:
-        raise RuntimeError(f"sonic: {tool} told nothing: {done.stdout}{done.stderr}")
+        raise RuntimeError(f"sonic: {tool} did not report registers and stack; it said: {done.stdout}{done.stderr}")
     return max(registers for registers, _, _ in usage), max(stack + local for _, stack, local in usage)
 
 
@@ -474,20 +474,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the markers of this page")
     options = parser.parse_args(arguments)
     if interprets():
-        parser.error("TRITON_INTERPRET is set, so Triton compiles nothing: unset it")
+        parser.error("TRITON_INTERPRET is set, so Triton compiles nothing; unset it and start again")
     try:
-        sizes = [int(word) for word in options.shape.split(",")]
-        if len(sizes) != 5:
-            raise ValueError("not five numbers")
+        tokens, width_d, width_n, experts, top_k = (int(word) for word in options.shape.split(","))
     except ValueError:
-        parser.error(f"--shape is {options.shape!r}, expected five integers: T,D,N,E,K")
+        parser.error(f"--shape is {options.shape!r}, expected five integers T,D,N,E,K")
     try:
         for name in options.targets:
             target_named(parser.prog, name)
         if options.write is not None and not options.write.is_file():
             raise argument_error(parser.prog, "--write", options.write, "a page that exists")
-        dtype = _DTYPES[options.dtype]
-        text = report(options.targets, LayerSizes(*sizes), activation=options.activation, dtype=dtype)
+        dtype, sizes = _DTYPES[options.dtype], LayerSizes(tokens, width_d, width_n, experts, top_k)
+        text = report(options.targets, sizes, activation=options.activation, dtype=dtype)
         if options.write is not None:
             replace_table(options.write, text)
     except ValueError as error:

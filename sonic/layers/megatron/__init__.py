@@ -134,13 +134,16 @@ def swap(
         submodules.experts = ModuleSpec(module=SonicExperts, submodules=copy.copy(options))
         if options.needs_layer and isinstance(owner, functools.partial):  # as later versions of Megatron-core have it
             if put is None:
-                raise argument_error(where, "spec", "a partial of the MoE layer alone", "what holds it, to be changed")
+                wanted = "the spec of the layer around it, in which it can be replaced"
+                raise argument_error(where, "spec", "a partial of the MoE layer alone", wanted)
             put(functools.partial(SonicMoELayer, *owner.args, **owner.keywords))
         elif options.needs_layer:
             owner.module = SonicMoELayer
         num_swapped += 1
     if not num_swapped:
-        raise argument_error(where, "spec", f"a {type(spec).__name__} without an MoE layer", "one with at least one")
+        raise argument_error(
+            where, "spec", f"a {type(spec).__name__} without an MoE layer", "at least one MoE layer in it"
+        )
     return num_swapped
 
 
@@ -168,7 +171,7 @@ def use_ladder(spec: Any) -> int:
         owner.module = LadderTransformerLayer
     if not layers:
         was = f"a {type(spec).__name__} without a TransformerLayer"
-        raise argument_error(f"{_MODULE}.use_ladder", "spec", was, "one with at least one")
+        raise argument_error(f"{_MODULE}.use_ladder", "spec", was, "at least one TransformerLayer in it")
     return len(layers)
 
 
@@ -205,7 +208,8 @@ def replace_experts(
     options = ExpertsOptions(save, backend, fused_layer, router).check(where)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
     if not found:
-        raise argument_error(where, "model", f"a {type(model).__name__} without an MoE layer", "one with at least one")
+        was = f"a {type(model).__name__} without an MoE layer"
+        raise argument_error(where, "model", was, "at least one MoE layer in it")
     for name, layer in found:  # all are looked at before one is changed
         check_config(f"{where}: {name}", layer.config)
         if any(hasattr(parameter, "main_grad") for parameter in layer.parameters()):

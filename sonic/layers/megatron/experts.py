@@ -304,9 +304,8 @@ class _Pieces:
             ValueError: a flattened range is asked for.
         """
         if flattened_range is not None:
-            raise argument_error(
-                "sonic.megatron.SonicExperts", "flattened_range", flattened_range, "None: another optimizer format"
-            )
+            wanted = "None: set metadata['distrib_optim_sharding_type'] to 'fully_reshardable' or 'dp_reshardable'"
+            raise argument_error("sonic.megatron.SonicExperts", "flattened_range", flattened_range, wanted)
         before = len(self._offsets)
         halves = tensor.chunk(2, 1) if self._is_glu else (tensor,)
         pieces = []

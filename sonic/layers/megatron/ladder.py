@@ -167,11 +167,11 @@ def _check(config: Any) -> None:
         ("mtp_num_layers", bool(config.mtp_num_layers), "None: the last layer adds what is pending"),
         ("recompute_granularity", config.recompute_granularity == "full", "None or 'selective'"),
         ("recompute_modules", "layernorm" in recomputed, "without 'layernorm'"),
-        ("cuda_graph_impl", getattr(config, "cuda_graph_impl", "none") != "none", "'none'"),
-        ("cpu_offloading", config.cpu_offloading, "False"),
-        ("fine_grained_activation_offloading", config.fine_grained_activation_offloading, "False"),
-        ("inference_fuse_tp_communication", config.inference_fuse_tp_communication, "False"),
-        ("mlp_chunks_for_prefill", config.mlp_chunks_for_prefill > 1, "1"),
+        ("cuda_graph_impl", getattr(config, "cuda_graph_impl", "none") != "none", "'none' with use_ladder"),
+        ("cpu_offloading", config.cpu_offloading, "False with use_ladder"),
+        ("fine_grained_activation_offloading", config.fine_grained_activation_offloading, "False with use_ladder"),
+        ("inference_fuse_tp_communication", config.inference_fuse_tp_communication, "False with use_ladder"),
+        ("mlp_chunks_for_prefill", config.mlp_chunks_for_prefill > 1, "1 with use_ladder"),
         ("overlap_moe_expert_parallel_comm", config.overlap_moe_expert_parallel_comm, "False: it runs parts of layers"),
     ):
         if is_asked:

@@ -103,7 +103,9 @@ def activation_of(where: str, config: Any) -> str:
         raise argument_error(where, "config.activation_func", was, wanted)
     if getattr(config, "bias_activation_fusion", False) and found in ("geglu", "gelu", "reglu", "relu", "silu"):
         # Megatron's experts refuse it too; its fused gelu of a dense MLP is the tanh approximation, another function
-        raise argument_error(where, "config.bias_activation_fusion", True, f"False with {found}: there is no such one")
+        raise argument_error(
+            where, "config.bias_activation_fusion", True, f"False with {found}: Megatron has no such fusion"
+        )
     return found
 
 

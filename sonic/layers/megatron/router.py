@@ -48,12 +48,13 @@ class SonicRouter(TopKRouter):
             ValueError: as the constructor.
         """
         where, config = "sonic.megatron: router", self.config
+        balancing = "'aux_loss', 'seq_aux_loss', 'global_aux_loss' or 'none' with router="
         for field, is_asked, wanted in (
             ("moe_expert_capacity_factor", config.moe_expert_capacity_factor is not None, "None: the choice changes"),
             ("moe_token_dispatcher_type", config.moe_token_dispatcher_type == "flex", "'allgather' or 'alltoall'"),
             ("moe_permute_fusion", config.moe_permute_fusion, "False: it counts on K experts for each token"),
-            ("moe_router_load_balancing_type", self.routing_type == "sinkhorn", "another balancing than sinkhorn"),
-            ("moe_enable_routing_replay", getattr(config, "moe_enable_routing_replay", False), "False"),
+            ("moe_router_load_balancing_type", self.routing_type == "sinkhorn", balancing),
+            ("moe_enable_routing_replay", getattr(config, "moe_enable_routing_replay", False), "False with router="),
         ):
             if is_asked:
                 raise argument_error(where, f"config.{field}", getattr(config, field), wanted)
