@@ -53,6 +53,7 @@ def run_on_cpu() -> Iterator[None]:
     """Make Megatron-core 0.16 build and train models on the CPU, within the context."""
     if torch.cuda.is_available():
         raise RuntimeError("run_on_cpu: there is a GPU; nothing has to be changed for it")
+    import megatron.core.activations  # noqa: F401  compiles functions, for which torch looks at all of itself: unchanged
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -63,8 +64,9 @@ def run_on_cpu() -> Iterator[None]:
             return tensor.numpy()
         return to_cpu(tensor, as_numpy=as_numpy, **options)
 
-    def nothing(*args: Any, **options: Any) -> _Nothing:
-        return _Nothing()
+    def nothing() -> Any:
+        """A function of its own for each name: torch's compiler wants no two names for one of its functions."""
+        return lambda *args, **options: _Nothing()
 
     def get_state(*args: Any, **options: Any) -> Tensor:
         return torch.get_rng_state()
@@ -73,8 +75,8 @@ def run_on_cpu() -> Iterator[None]:
         torch.set_rng_state(state)
 
     changes = [
-        *((torch.cuda, name, nothing) for name in ("Stream", "Event", "current_stream", "default_stream")),
-        *((torch.cuda, name, nothing) for name in ("synchronize", "set_device")),
+        *((torch.cuda, name, nothing()) for name in ("Stream", "Event", "current_stream", "default_stream")),
+        *((torch.cuda, name, nothing()) for name in ("synchronize", "set_device")),
         (torch.cuda, "current_device", lambda: "cpu"),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "manual_seed", torch.manual_seed),
