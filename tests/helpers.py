@@ -13,6 +13,7 @@ Letters as in ``sonic/shapes.py``.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -452,6 +453,27 @@ def assert_all_close(got: dict[str, Tensor], reference64: dict[str, Tensor], tol
     assert list(got) == list(reference64)
     for name, tensor in got.items():
         assert_close(name, tensor, reference64[name], tolerance)
+
+
+def in_threads(jobs: list[Callable[[], None]]) -> None:
+    """Run them at once; the first error of any is raised."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(jobs))
+
+    def run(job: Callable[[], None]) -> None:
+        start.wait()
+        try:
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ Each case is a process of its own that cannot import the packages, or finds husk
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ PACKAGES = {
     "scattermoe": "scattermoe",
     "sonicmoe": "sonicmoe",
 }
+# what asks for a package
 FACES = {
     "transformers": "sonic.huggingface.enable()",
     "megatron": "sonic.megatron.enable()",
@@ -40,7 +42,7 @@ CURES = {
 }
 
 PROGRAM = """
-import importlib.metadata, importlib.util, os, sys, types
+import importlib.metadata, importlib.util, json, sys, types
 
 is_old, packages, distributions = sys.argv[1] == "old", sys.argv[2].split(","), sys.argv[3].split(",")
 
@@ -95,8 +97,7 @@ for backend in ("triton", "cute"):
         print(f"{backend}: {error}")
 for package in packages:
     try:
-        exec({"transformers": "sonic.huggingface.enable()", "megatron": "sonic.megatron.enable()",
-              "torchtitan": "import sonic.torchtitan"}.get(package, ""))
+        exec(json.loads(sys.argv[4]).get(package, ""))
     except ImportError as error:
         print(f"{package}: {error}")
 code = sonic.cli.main(["doctor"])
@@ -108,7 +109,7 @@ def run(state: str, packages: list[str]) -> str:
     distributions = [PACKAGES[name] for name in packages]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, state, ",".join(packages), ",".join(distributions)],
+        [sys.executable, "-c", PROGRAM, state, ",".join(packages), ",".join(distributions), json.dumps(FACES)],
         cwd=ROOT,
         env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 import sonic
 from sonic.routing import TokenRounding, TopKRouter
+from tests.helpers import assert_same_bits, in_threads
 
 pytestmark = pytest.mark.gpu
 
@@ -49,11 +49,6 @@ def make_step(backend: str, seed: int, rounds: bool = False) -> Step:
     return step
 
 
-def assert_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    for name, value in want.items():
-        assert torch.equal(got[name], value), f"{name} differs"
-
-
 @pytest.mark.parametrize("rounds", [False, True], ids=["top-k", "rounding"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_streams_at_once(backend: str, rounds: bool) -> None:
@@ -70,7 +65,7 @@ def test_streams_at_once(backend: str, rounds: bool) -> None:
                 got.append(step())
         torch.cuda.synchronize()
         for one, wanted in zip(got, want, strict=True):
-            assert_bits(one, wanted)
+            assert_same_bits(one, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,26 +73,16 @@ def test_threads_with_a_stream_each(backend: str) -> None:
     steps = [make_step(backend, seed) for seed in range(4)]
     want = [step() for step in steps]
     torch.cuda.synchronize()
-    errors: list[BaseException] = []
 
     def run(number: int) -> None:
         stream = torch.cuda.Stream()
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(8):
-                    got = steps[number]()
-                    stream.synchronize()
-                    assert_bits(got, want[number])
-        except BaseException as error:
-            errors.append(error)
+        with torch.cuda.stream(stream):
+            for _ in range(8):
+                got = steps[number]()
+                stream.synchronize()
+                assert_same_bits(got, want[number])
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    in_threads([lambda number=number: run(number) for number in range(4)])
 
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["top-k", "rounding"])
@@ -106,7 +91,7 @@ def test_fifty_times_the_same_bits(backend: str, rounds: bool) -> None:
     step = make_step(backend, 0, rounds)
     want = step()
     for _ in range(49):
-        assert_bits(step(), want)
+        assert_same_bits(step(), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import sonic
 from sonic.routing import CapacityDropping, ExpertChoiceRouter, HashRouter, TokenRounding, TopKRouter
+from tests.helpers import in_threads
 from tests.robustness import fuzz
 from tests.robustness.cases import KINDS, random_case
 
@@ -102,27 +102,6 @@ class TestFifty:
 
 
 # ---------------------------------------------------------------- many threads
-
-
-def in_threads(jobs: list[Callable[[], None]]) -> None:
-    """Run them at once; the first error of any is raised."""
-    errors: list[BaseException] = []
-    start = threading.Barrier(len(jobs))
-
-    def run(job: Callable[[], None]) -> None:
-        start.wait()
-        try:
-            job()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 class TestThreads:
